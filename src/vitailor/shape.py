@@ -1,0 +1,269 @@
+"""What a Vision Transformer is made of, in numbers: per-block sizes and the closed-form cost.
+
+Nothing here imports torch. A `ViTShape` together with tensors defines a compressed model completely.
+
+Cost conventions
+    MACs are multiply-adds of matrix products (linear layers, convolutions, attention products, token
+    similarity) for one image at the model's reference input size; FLOPs = 2 MACs. Norms, activations,
+    softmax, gathers and sums are not counted, as in `torch.utils.flop_counter`.
+
+Symbols
+    D embed_dim, N tokens, H heads, K query/key dim per head, V value dim per head, F MLP hidden dim.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import PlanError
+
+FORMAT_VERSION = 1
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+T = TypeVar("T", bound="Facts")
+
+
+class Facts(BaseModel):
+    """Immutable, strictly typed record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Parse JSON text.
+
+        Raises:
+            PlanError: naming the first bad field and why it is bad.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise PlanError(describe_validation_error(cls.__name__, error)) from None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+
+def describe_validation_error(what: str, error: ValidationError) -> str:
+    """First problem of a pydantic error as one line that names the field."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "(whole)"
+    value = repr(first.get("input"))
+    value = value if len(value) <= 60 else value[:57] + "..."
+    return f"{what}: field '{field}': {first['msg'].removeprefix('Value error, ')} (got {value})."
+
+
+class Ranks(Facts):
+    """Rank of each factored linear map of a block; None means dense."""
+
+    q: Positive | None = None
+    k: Positive | None = None
+    v: Positive | None = None
+    out: Positive | None = None
+    fc1: Positive | None = None
+    fc2: Positive | None = None
+
+    @property
+    def factors_qkv(self) -> bool:
+        """Whether q, k and v are separate layers instead of one fused `qkv`."""
+        return any(rank is not None for rank in (self.q, self.k, self.v))
+
+
+DENSE = Ranks()
+
+
+class BlockShape(Facts):
+    """Sizes of one transformer block.
+
+    Attributes:
+        num_heads, qk_dim, v_dim: heads, and query/key and value dim of each head.
+        mlp_dim: hidden units of the MLP.
+        num_tokens_in: tokens (prefix included) entering the block and its attention.
+        num_tokens_out: tokens leaving the attention half, seen by the MLP and the next block.
+        attn_features, mlp_features: how many normalised input features the qkv and fc1 projections
+            read; None means all of them, without a gather.
+        ranks: ranks of factored projections.
+    """
+
+    num_heads: Positive
+    qk_dim: Positive
+    v_dim: Positive
+    mlp_dim: Positive
+    num_tokens_in: Positive
+    num_tokens_out: Positive
+    attn_features: Positive | None = None
+    mlp_features: Positive | None = None
+    ranks: Ranks = DENSE
+
+    @model_validator(mode="after")
+    def _tokens_never_grow(self) -> Self:
+        if self.num_tokens_out > self.num_tokens_in:
+            raise ValueError(
+                f"num_tokens_out {self.num_tokens_out} exceeds num_tokens_in {self.num_tokens_in}"
+            )
+        return self
+
+    @property
+    def sdpa_dim(self) -> int:
+        """Head dim that scaled-dot-product attention runs at.
+
+        Fused kernels need equal query/key and value dims, so the smaller is zero-padded to the larger
+        (`layers.Attention`); the padded dim is what really runs and what is counted.
+        """
+        return max(self.qk_dim, self.v_dim)
+
+
+class ViTShape(Facts):
+    """A whole model: what the host library needs to build its skeleton, and each block's sizes.
+
+    Attributes:
+        host: library that owns the skeleton, e.g. "timm".
+        architecture: class to build and its keyword arguments, understood by that host alone.
+        name: name of the model as users know it; informative.
+        embed_dim: width D of the residual stream.
+        num_prefix_tokens: class, distillation and register tokens; never merged or dropped.
+        num_tokens: tokens entering the first block, prefix included.
+        num_classes: outputs of the head; 0 for none.
+        outer_params, outer_macs: cost of everything outside the blocks.
+        block_params: parameters of a block's norms and layer scales, which no plan changes.
+        qkv_bias, out_bias, mlp_bias: which projections have a bias.
+        qk_norm: parameters of the query and of the key norm per head dim (0, 1 or 2); a model with
+            normalised queries and keys keeps its qk_dim.
+        matching: rule by which tokens are paired for merging (`tokens.merge`).
+    """
+
+    host: str
+    architecture: dict[str, Any]
+    name: str = ""
+    embed_dim: Positive
+    num_prefix_tokens: NonNegative
+    num_tokens: Positive
+    num_classes: NonNegative
+    outer_params: NonNegative
+    outer_macs: NonNegative
+    block_params: NonNegative
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: NonNegative = 0
+    matching: Literal["ward", "cosine"] = "ward"
+    blocks: tuple[BlockShape, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.blocks:
+            raise ValueError("blocks is empty")
+        tokens = self.num_tokens
+        for i, block in enumerate(self.blocks):
+            if block.num_tokens_in != tokens:
+                raise ValueError(
+                    f"blocks.{i}.num_tokens_in is {block.num_tokens_in}, but {tokens} tokens arrive"
+                )
+            floor = self.num_prefix_tokens + (1 if tokens > self.num_prefix_tokens else 0)
+            if block.num_tokens_out < floor:
+                raise ValueError(
+                    f"blocks.{i}.num_tokens_out is {block.num_tokens_out}, below the {floor} "
+                    "that prefix tokens and one patch token need"
+                )
+            for field in ("attn_features", "mlp_features"):
+                if (getattr(block, field) or 0) > self.embed_dim:
+                    raise ValueError(f"blocks.{i}.{field} exceeds embed_dim {self.embed_dim}")
+            for field, limit in _rank_limits(self.embed_dim, block).items():
+                if (getattr(block.ranks, field) or 0) > limit:
+                    raise ValueError(f"blocks.{i}.ranks.{field} exceeds the full rank {limit}")
+            tokens = block.num_tokens_out
+        return self
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the whole model for one image."""
+        return self.outer_macs + sum(self.block_macs(i) for i in range(self.depth))
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model; equals `sum(p.numel())`."""
+        return self.outer_params + sum(self.block_param_count(i) for i in range(self.depth))
+
+    def block_macs(self, index: int) -> int:
+        """Multiply-adds of block `index`: projections, attention products, MLP, token similarity."""
+        b = self.blocks[index]
+        n, m = b.num_tokens_in, b.num_tokens_out
+        linears = _linears(self.embed_dim, b)
+        attention = n * sum(_linear_macs(*linears[name]) for name in ("q", "k", "v", "out"))
+        attention += 2 * n * n * b.num_heads * b.sdpa_dim
+        mlp = m * sum(_linear_macs(*linears[name]) for name in ("fc1", "fc2"))
+        similarity = similarity_pairs(n - self.num_prefix_tokens, n - m) * self.embed_dim
+        return attention + mlp + similarity
+
+    def block_param_count(self, index: int) -> int:
+        """Parameters of block `index`."""
+        b = self.blocks[index]
+        linears = _linears(self.embed_dim, b)
+        total = self.block_params + sum(_linear_macs(*linear) for linear in linears.values())
+        if self.qkv_bias:
+            total += b.num_heads * (2 * b.qk_dim + b.v_dim)
+        if self.out_bias:
+            total += self.embed_dim
+        if self.mlp_bias:
+            total += b.mlp_dim + self.embed_dim
+        return total + 2 * self.qk_norm * b.qk_dim
+
+    def with_blocks(self, blocks: tuple[BlockShape, ...]) -> ViTShape:
+        """The same model with other block sizes, validated."""
+        return revise(self, blocks=blocks)
+
+
+def revise(facts: T, **changes: Any) -> T:
+    """A validated copy with some fields changed.
+
+    Raises:
+        PlanError: when the changed record is inconsistent.
+    """
+    fields = {name: getattr(facts, name) for name in type(facts).model_fields} | changes
+    try:
+        return type(facts)(**fields)
+    except ValidationError as error:
+        raise PlanError(describe_validation_error(type(facts).__name__, error)) from None
+
+
+def similarity_pairs(num_patches: int, num_merged: int) -> int:
+    """Similarities computed to merge `num_merged` of `num_patches` tokens (see `tokens.merge`).
+
+    Tokens are split in two halves and every token of one is compared with every token of the other;
+    merging more than one half takes further rounds.
+    """
+    pairs = 0
+    while num_merged > 0:
+        sources, targets = (num_patches + 1) // 2, num_patches // 2
+        pairs += sources * targets
+        step = min(num_merged, sources)
+        num_patches, num_merged = num_patches - step, num_merged - step
+    return pairs
+
+
+def _linears(embed_dim: int, b: BlockShape) -> dict[str, tuple[int, int, int | None]]:
+    """Input size, output size and rank of each projection."""
+    attn_in = b.attn_features or embed_dim
+    qk, v = b.num_heads * b.qk_dim, b.num_heads * b.v_dim
+    return {
+        "q": (attn_in, qk, b.ranks.q),
+        "k": (attn_in, qk, b.ranks.k),
+        "v": (attn_in, v, b.ranks.v),
+        "out": (v, embed_dim, b.ranks.out),
+        "fc1": (b.mlp_features or embed_dim, b.mlp_dim, b.ranks.fc1),
+        "fc2": (b.mlp_dim, embed_dim, b.ranks.fc2),
+    }
+
+
+def _linear_macs(fan_in: int, fan_out: int, rank: int | None) -> int:
+    return fan_in * fan_out if rank is None else rank * (fan_in + fan_out)
+
+
+def _rank_limits(embed_dim: int, b: BlockShape) -> dict[str, int]:
+    return {name: min(i, o) for name, (i, o, _) in _linears(embed_dim, b).items()}

@@ -1,0 +1,99 @@
+"""`apply(model, plan)`: a new, physically smaller model. The input model is never touched.
+
+One table says which axis of which tensor each dimension slices; everything else follows from it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .hosts import Tensors, host_of
+from .plan import BlockPlan, Plan
+from .shape import DENSE
+
+#: For each canonical tensor (`hosts`), the dimension that each of its axes counts.
+AXES: dict[str, tuple[str | None, ...]] = {
+    "q.weight": ("heads", "qk_dims", "attn_features"),
+    "q.bias": ("heads", "qk_dims"),
+    "k.weight": ("heads", "qk_dims", "attn_features"),
+    "k.bias": ("heads", "qk_dims"),
+    "v.weight": ("heads", "v_dims", "attn_features"),
+    "v.bias": ("heads", "v_dims"),
+    "out.weight": (None, "heads", "v_dims"),
+    "out.bias": (None,),
+    "fc1.weight": ("neurons", "mlp_features"),
+    "fc1.bias": ("neurons",),
+    "fc2.weight": (None, "neurons"),
+    "fc2.bias": (None,),
+    "attn_features": ("attn_features",),
+    "mlp_features": ("mlp_features",),
+}
+
+
+@torch.no_grad()
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Select what the plan keeps and build the smaller model, on the same device and dtype.
+
+    Args:
+        model: any supported model; left exactly as it is.
+        plan: what to keep, relative to `model`.
+
+    Returns:
+        A model of the host's class. Blocks the plan does not touch keep the host's own modules.
+
+    Raises:
+        PlanError: when the plan does not fit the model.
+        UnsupportedModelError: when the model cannot be accounted for.
+    """
+    host = host_of(model)
+    shape = host.describe(model)
+    after = plan.result(shape)
+    small = copy.deepcopy(model)
+    host.resize(small, after)
+    for i, block in enumerate(plan.blocks):
+        if block.touches_attention or block.touches_mlp:
+            tensors = host.read(model, i)
+            for name, kept in (
+                ("attn_features", block.attn_features),
+                ("mlp_features", block.mlp_features),
+            ):
+                if kept is not None and name not in tensors:
+                    tensors[name] = torch.arange(shape.embed_dim)
+            host.write(small, i, select(tensors, block), after.blocks[i].ranks)
+    return small
+
+
+def merge_back(model: nn.Module) -> nn.Module:
+    """The same function with every low-rank factorisation multiplied out to a dense layer."""
+    host = host_of(model)
+    shape = host.describe(model)
+    dense = copy.deepcopy(model)
+    blocks = tuple(b.model_copy(update={"ranks": DENSE}) for b in shape.blocks)
+    host.resize(dense, shape.with_blocks(blocks))
+    for i, block in enumerate(shape.blocks):
+        if block.ranks != DENSE:
+            host.write(dense, i, host.read(model, i), DENSE)
+    return dense
+
+
+def select(tensors: Tensors, plan: BlockPlan) -> Tensors:
+    """The kept part of a block's canonical tensors."""
+    return {name: _select(tensor, AXES[name], plan) for name, tensor in tensors.items()}
+
+
+def _select(tensor: Tensor, axes: tuple[str | None, ...], plan: BlockPlan) -> Tensor:
+    for axis, name in enumerate(axes):
+        kept = None if name is None else getattr(plan, name)
+        if kept is None:
+            continue
+        index = torch.tensor(kept, device=tensor.device)
+        if index.dim() == 1:
+            tensor = tensor.index_select(axis, index)
+        else:  # one row of dims for each head; heads are the axis before and already selected
+            index = index.reshape(index.shape + (1,) * (tensor.dim() - axis - 1))
+            index = index.expand(tensor.shape[:axis] + index.shape[1:2] + tensor.shape[axis + 1 :])
+            tensor = tensor.gather(axis, index)
+    return tensor
