@@ -132,7 +132,7 @@ def main() -> None:
         },
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, args.out / "digits_vit.safetensors")
+    (args.out / "digits_vit.safetensors").write_bytes(safetensors.torch.save(tensors))
     (args.out / "digits_vit.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"top-1 {facts['test']['top1']} % on {len(images)} test images")
 

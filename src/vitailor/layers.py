@@ -222,23 +222,32 @@ class BlockStack(nn.ModuleList):
         """Block `index` on merged tokens."""
         block = self.block(index)
         state = state.replace(x=block.attend(state.x, tokens.attention_bias(state)))
-        num_out = self._num_out(block, state)
-        if num_out < state.x.shape[1]:
-            metric = block.norm2(state.x)
-            state = tokens.merge(state, metric, num_out, self.num_prefix_tokens, self.matching)
+        state = self.reduce(index, state)
         return state.replace(x=block.feed(state.x))
+
+    def reduce(self, index: int, state: tokens.Tokens) -> tokens.Tokens:
+        """The merging between the two halves of block `index`."""
+        block = self.block(index)
+        num_out = self.num_out(index, state.x.shape[1])
+        if num_out == state.x.shape[1]:
+            return state
+        metric = block.norm2(state.x)
+        return tokens.merge(state, metric, num_out, self.num_prefix_tokens, self.matching)
 
     def block(self, index: int) -> Block:
         return cast(Block, super().__getitem__(index))
 
-    def _num_out(self, block: Block, state: tokens.Tokens) -> int:
-        """Tokens to leave, as a fraction of patch tokens when the input size is not the reference's."""
-        arriving = state.x.shape[1]
+    def num_out(self, index: int, arriving: int) -> int:
+        """Tokens that block `index` leaves of those that arrive.
+
+        When the input size is not the reference's, the fraction of patch tokens counts.
+        """
+        block = self.block(index)
         if arriving == block.num_tokens_in:
             return block.num_tokens_out
         prefix = self.num_prefix_tokens
         kept = (block.num_tokens_out - prefix) / max(1, block.num_tokens_in - prefix)
-        return prefix + max(1, round(kept * (arriving - prefix)))
+        return min(arriving, prefix + max(1, round(kept * (arriving - prefix))))
 
     def __iter__(self) -> Iterator[Any]:
         trail: dict[int, tokens.Tokens] = {}

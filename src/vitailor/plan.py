@@ -64,8 +64,10 @@ class BlockPlan(Facts):
         kept = (self.neurons, self.mlp_features, self.ranks.fc1, self.ranks.fc2)
         return any(k is not None for k in kept)
 
-    def result(self, block: BlockShape, num_tokens_in: int, where: str) -> BlockShape:
-        """Sizes of `block` after this plan, when `num_tokens_in` tokens arrive.
+    def result(
+        self, block: BlockShape, num_tokens_in: int, embed_dim: int, where: str
+    ) -> BlockShape:
+        """Sizes of `block` after this plan, when `num_tokens_in` tokens of `embed_dim` features arrive.
 
         Raises:
             PlanError: naming the field that does not fit the block.
@@ -93,10 +95,10 @@ class BlockPlan(Facts):
             tokens_out = min(block.num_tokens_out, num_tokens_in)
         attn_in = block.attn_features
         if self.attn_features is not None:
-            attn_in = _count(self.attn_features, attn_in or 10**9, f"{where}.attn_features")
+            attn_in = _count(self.attn_features, attn_in or embed_dim, f"{where}.attn_features")
         mlp_in = block.mlp_features
         if self.mlp_features is not None:
-            mlp_in = _count(self.mlp_features, mlp_in or 10**9, f"{where}.mlp_features")
+            mlp_in = _count(self.mlp_features, mlp_in or embed_dim, f"{where}.mlp_features")
         merged = {
             name: getattr(self.ranks, name) or getattr(block.ranks, name)
             for name in Ranks.model_fields
@@ -146,7 +148,7 @@ class Plan(Facts):
             )
         tokens, blocks = shape.num_tokens, []
         for i, (plan, block) in enumerate(zip(self.blocks, shape.blocks, strict=True)):
-            after = plan.result(block, tokens, f"blocks.{i}")
+            after = plan.result(block, tokens, shape.embed_dim, f"blocks.{i}")
             blocks.append(after)
             tokens = after.num_tokens_out
         if shape.qk_norm and any(p.qk_dims is not None for p in self.blocks):

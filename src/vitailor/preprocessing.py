@@ -43,7 +43,7 @@ class Preprocessing(Facts):
 
     def transform(self) -> Callable[[Image], Tensor]:
         """timm's evaluation transform: PIL image to float32 tensor of shape `input_size`."""
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
 
         return cast(
             "Callable[[Image], Tensor]",
@@ -84,9 +84,9 @@ def resolve_preprocessing(
     if isinstance(stored, Preprocessing):
         fields = {name: getattr(stored, name) for name in Preprocessing.model_fields}
     else:
-        from timm.data import resolve_model_data_config
+        from timm.data import config
 
-        fields = dict(resolve_model_data_config(model))
+        fields = dict(cast("Any", config).resolve_model_data_config(model))
         side = _image_size(model)
         if side is not None:
             fields["input_size"] = (3, *side)

@@ -55,14 +55,15 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     host.resize(small, after)
     for i, block in enumerate(plan.blocks):
         if block.touches_attention or block.touches_mlp:
-            tensors = host.read(model, i)
+            tensors = host.read(host.block(model, i))
             for name, kept in (
                 ("attn_features", block.attn_features),
                 ("mlp_features", block.mlp_features),
             ):
                 if kept is not None and name not in tensors:
                     tensors[name] = torch.arange(shape.embed_dim)
-            host.write(small, i, select(tensors, block), after.blocks[i].ranks)
+            new = host.block(small, i)
+            host.write(new, select(tensors, block), after.blocks[i].ranks)
     return small
 
 
@@ -75,7 +76,7 @@ def merge_back(model: nn.Module) -> nn.Module:
     host.resize(dense, shape.with_blocks(blocks))
     for i, block in enumerate(shape.blocks):
         if block.ranks != DENSE:
-            host.write(dense, i, host.read(model, i), DENSE)
+            host.write(host.block(dense, i), host.read(host.block(model, i)), DENSE)
     return dense
 
 

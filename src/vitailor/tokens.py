@@ -56,6 +56,13 @@ def unmerge(tokens: Tokens) -> Tensor:
     return tokens.x.gather(1, tokens.source.unsqueeze(-1).expand(-1, -1, tokens.x.shape[-1]))
 
 
+def average(tokens: Tokens, x_BMD: Tensor) -> Tensor:
+    """Mean of the features of the original tokens that went into each token, (B, N, D)."""
+    if tokens.source is None or tokens.size is None:
+        return x_BMD
+    return _sum_into(x_BMD, tokens.source, tokens.size.shape[1]) / tokens.size.unsqueeze(-1)
+
+
 def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
     """Inverse of `unmerge`: picks one original token for each merged one from spread-out features."""
     if tokens.source is None or tokens.size is None:

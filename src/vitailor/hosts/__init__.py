@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from ..errors import PlanError, UnsupportedModelError
-from ..shape import Ranks, ViTShape
+from ..shape import BlockShape, Ranks, ViTShape
 
 if TYPE_CHECKING:
     from ..layers import Block
@@ -43,14 +43,17 @@ class Host(Protocol):
     def resize(self, model: nn.Module, shape: ViTShape) -> None:
         """Give the model's blocks the sizes of `shape`, in place; resized layers are uninitialised."""
 
-    def read(self, model: nn.Module, index: int) -> Tensors:
-        """Weights of a block in canonical form, factored layers multiplied out (detached views)."""
-
-    def write(self, model: nn.Module, index: int, tensors: Tensors, ranks: Ranks) -> None:
-        """Copy canonical weights into a block, factoring where it has ranks."""
-
     def block(self, model: nn.Module, index: int) -> Block:
         """A view of a block whose halves can be run apart; shares the model's modules."""
+
+    def resize_block(self, block: Block, shape: ViTShape, want: BlockShape) -> None:
+        """Give one block the sizes `want`, in place; resized layers are uninitialised."""
+
+    def read(self, block: Block) -> Tensors:
+        """Weights of a block in canonical form, factored layers multiplied out (detached views)."""
+
+    def write(self, block: Block, tensors: Tensors, ranks: Ranks) -> None:
+        """Copy canonical weights into a block, factoring where it has ranks."""
 
     def embed(self, model: nn.Module, images: Tensor) -> Tensor:
         """Tokens entering the first block, (B, N, D)."""

@@ -32,6 +32,13 @@ ACTIVATIONS: dict[str, Any] = {
     "SiLU": nn.SiLU,
     "ReLU": nn.ReLU,
 }
+#: What `_architecture` stores and `skeleton` takes.
+ARGUMENTS = frozenset(
+    "img_size patch_size in_chans global_pool num_heads mlp_ratio qkv_bias qk_norm proj_bias init_values "  # noqa: SIM905
+    "pos_embed no_embed_class class_token reg_tokens pre_norm final_norm fc_norm pool_include_prefix "
+    "dynamic_img_size drop_rate pos_drop_rate proj_drop_rate attn_drop_rate drop_path_rate norm norm_eps "
+    "act".split()
+)
 BLOCK_CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 MODEL_CHILDREN: dict[str, tuple[type[nn.Module], ...]] = {
     "patch_embed": (PatchEmbed,),
@@ -63,7 +70,9 @@ class TimmViT:
         blocks: list[BlockShape] = []
         tokens = first = _num_tokens(model)
         for i in range(len(model.blocks)):
-            block = _block_shape(f"blocks.{i}", model.blocks[i], tokens)
+            merging = isinstance(model.blocks, layers.BlockStack)
+            left = model.blocks.num_out(i, tokens) if merging else tokens
+            block = _block_shape(f"blocks.{i}", model.blocks[i], tokens, left)
             blocks.append(block)
             tokens = block.num_tokens_out
         head = model.blocks[0]
@@ -94,6 +103,9 @@ class TimmViT:
         kind, kwargs = shape.architecture.get("class"), dict(shape.architecture.get("kwargs", {}))
         if kind not in CLASSES:
             raise PlanError(f"Unknown timm class '{kind}'.", f"Known: {', '.join(CLASSES)}.")
+        unknown = kwargs.keys() - ARGUMENTS
+        if unknown:  # "device", say, would allocate what is only to be described
+            raise PlanError(f"Unknown argument '{min(unknown)}' of {kind}.", "Upgrade vitailor.")
         norm, act = kwargs.pop("norm", None), kwargs.pop("act", None)
         if norm not in NORMS or act not in ACTIVATIONS:
             raise PlanError(f"Unknown norm '{norm}' or activation '{act}'.", "Upgrade vitailor.")
@@ -119,17 +131,8 @@ class TimmViT:
 
     def resize(self, model: nn.Module, shape: ViTShape) -> None:
         host = cast(Any, model)
-        tokens = shape.num_tokens
         for i, want in enumerate(shape.blocks):
-            block = host.blocks[i]
-            have = _block_shape(f"blocks.{i}", block, tokens)
-            if _attention_sizes(have) != _attention_sizes(want):
-                block.attn = _new_attention(block.attn, shape, want)
-            if _mlp_sizes(have) != _mlp_sizes(want):
-                _resize_mlp(block.mlp, shape, want)
-            if isinstance(block, layers.Block):
-                block.num_tokens_in, block.num_tokens_out = want.num_tokens_in, want.num_tokens_out
-            tokens = have.num_tokens_out
+            self.resize_block(host.blocks[i], shape, want)
         merges = any(b.num_tokens_out < b.num_tokens_in for b in shape.blocks)
         if merges and not isinstance(host.blocks, layers.BlockStack):
             _require_static_size(host)
@@ -144,11 +147,20 @@ class TimmViT:
         elif merges:
             host.blocks.matching = shape.matching
 
+    def resize_block(self, block: layers.Block, shape: ViTShape, want: BlockShape) -> None:
+        part = cast(Any, block)
+        have = _block_shape("block", block, want.num_tokens_in, want.num_tokens_out)
+        if _attention_sizes(have) != _attention_sizes(want):
+            part.attn = _new_attention(part.attn, shape, want)
+        if _mlp_sizes(have) != _mlp_sizes(want):
+            _resize_mlp(part.mlp, shape, want)
+        if isinstance(block, layers.Block):
+            block.num_tokens_in, block.num_tokens_out = want.num_tokens_in, want.num_tokens_out
+
     # -- weights ---------------------------------------------------------------------------------
 
-    def read(self, model: nn.Module, index: int) -> Tensors:
-        block = cast(Any, model).blocks[index]
-        attn, mlp = block.attn, block.mlp
+    def read(self, block: layers.Block) -> Tensors:
+        attn, mlp = cast(Any, block.attn), cast(Any, block.mlp)
         tensors: Tensors = {}
         sizes = _head_sizes(attn)
         heads = sizes[0]
@@ -180,9 +192,8 @@ class TimmViT:
                 tensors[name] = index_D
         return tensors
 
-    def write(self, model: nn.Module, index: int, tensors: Tensors, ranks: Ranks) -> None:
-        block = cast(Any, model).blocks[index]
-        attn, mlp = block.attn, block.mlp
+    def write(self, block: layers.Block, tensors: Tensors, ranks: Ranks) -> None:
+        attn, mlp = cast(Any, block.attn), cast(Any, block.mlp)
         flat = {
             "q": tensors["q.weight"].flatten(0, 1),
             "k": tensors["k.weight"].flatten(0, 1),
@@ -206,7 +217,7 @@ class TimmViT:
         block = cast(Any, model).blocks[index]
         if isinstance(block, layers.Block):
             return block
-        tokens = _num_tokens(model)
+        tokens = _num_tokens(cast(Any, model))
         return layers.Block(dict(block.named_children()), tokens, tokens)
 
     def embed(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -257,7 +268,9 @@ def _require_static_size(model: Any) -> None:
         )
 
 
-def _block_shape(where: str, block: nn.Module, num_tokens_in: int) -> BlockShape:
+def _block_shape(
+    where: str, block: nn.Module, num_tokens_in: int, num_tokens_out: int
+) -> BlockShape:
     if type(block) not in (vision_transformer.Block, layers.Block):
         raise _unsupported(f"'{where}'", block, "only pre-norm blocks are")
     part = cast(Any, block)
@@ -279,14 +292,13 @@ def _block_shape(where: str, block: nn.Module, num_tokens_in: int) -> BlockShape
     if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
         raise _unsupported(f"'{where}.mlp'", mlp, "only a plain two-layer MLP is")
     heads, qk, v = _head_sizes(attn)
-    merging = isinstance(block, layers.Block)
     return BlockShape(
         num_heads=heads,
         qk_dim=qk,
         v_dim=v,
         mlp_dim=mlp.fc1.out_features,
         num_tokens_in=num_tokens_in,
-        num_tokens_out=min(block.num_tokens_out, num_tokens_in) if merging else num_tokens_in,
+        num_tokens_out=num_tokens_out,
         attn_features=_width(_features(attn.qkv if _fused(attn) else attn.q)),
         mlp_features=_width(_features(mlp.fc1)),
         ranks=Ranks(

@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
-from .errors import DataError
+from ..errors import DataError
 
 WNID = re.compile(r"n\d{8}")
 IMAGENET_CLASSES = 1000
@@ -25,11 +26,13 @@ def list_images(root: Path) -> tuple[list[str], list[str]]:
         DataError: when the folder is missing, cannot be read, has no images, or has images both in
             class folders and beside them.
     """
-    if not root.exists():
+    try:
+        root.stat()
+    except OSError as error:
         raise DataError(
-            f"{root} does not exist.",
+            f"{root} cannot be opened: {error.strerror}.",
             "Name an image folder, a timm dataset (hfds/..., wds/..., torch/...) or digits.",
-        )
+        ) from None
     if not root.is_dir():
         raise DataError(f"{root} is a file, not an image folder.", "Unpack it and name the folder.")
     known = _extensions()
@@ -80,9 +83,9 @@ def class_indices(
     if class_map is not None:
         indices, where = _read_class_map(class_map), "the class map"
     elif num_classes == IMAGENET_CLASSES and all(WNID.fullmatch(name) for name in folders):
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
 
-        indices = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        indices = {name: i for i, name in enumerate(cast("Any", ImageNetInfo()).label_names())}
         where = "the 1,000 ImageNet classes"
     else:
         if num_classes is not None and len(folders) != num_classes:
@@ -98,10 +101,11 @@ def class_indices(
                 f"Class folder {name} of {root} is not in {where}.",
                 "Add it to --class-map, or remove the folder.",
             )
-        if num_classes is not None and not 0 <= indices[name] < num_classes:
+        index = indices[name]
+        if index < 0 or (num_classes is not None and index >= num_classes):
+            allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
             raise DataError(
-                f"Class folder {name} has index {indices[name]}, but the model has {num_classes} "
-                f"classes (0 to {num_classes - 1}).",
+                f"Class folder {name} has index {index}, which is not {allowed}.",
                 "Correct --class-map.",
             )
     return indices
@@ -134,10 +138,10 @@ def _read_class_map(source: str | os.PathLike[str] | Mapping[str, int]) -> dict[
 
 
 def _extensions() -> set[str]:
-    from timm.data.readers.img_extensions import get_img_extensions
+    from timm.data.readers import img_extensions
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    return {*get_img_extensions(), *IMG_EXTENSIONS}
+    return {*cast("Any", img_extensions).get_img_extensions(), *IMG_EXTENSIONS}
 
 
 def _refuse(error: OSError) -> None:

@@ -1,0 +1,3 @@
+"""`vitailor demo`."""
+import typer
+def register(app: typer.Typer) -> None: ...

@@ -1,0 +1,157 @@
+"""What the user sees: results on stdout, progress and errors on stderr. Lean: rich is imported on use."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..errors import UsageError, VitailorError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Called with what is done, the whole, and in words what is being done.
+Progress = Callable[[int, int], None]
+
+_results: list[TextIO] = []
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def machine_readable(as_json: bool) -> Iterator[None]:
+    """Under `--json`, whatever libraries print goes to stderr, and only `emit` reaches stdout."""
+    if not as_json:
+        yield
+        return
+    _results.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
+
+
+def emit(payload: dict[str, Any], as_json: bool, draw: Callable[[Console], None]) -> None:
+    """Print a command's result, as one JSON object or for people."""
+    if as_json:
+        stream = _results[-1] if _results else sys.stdout
+        stream.write(json.dumps(payload, allow_nan=False) + "\n")
+        stream.flush()
+    else:
+        draw(console())
+
+
+def console() -> Console:
+    """A rich console on stdout; a pipe gets whole lines, whatever the terminal's width."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, TextIO) or hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Progress | None]:
+    """A progress bar on stderr when it is a terminal; else None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield advance
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet_warnings(debug: bool) -> Iterator[None]:
+    """Hide libraries' warnings, which are for developers; `--debug` or `python -W` shows them."""
+    with warnings.catch_warnings():
+        if not debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def complain(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    """Tell of an error in one line (or one JSON object) and return the exit code."""
+    kind, message, fix, code = _explain(error)
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, BrokenPipeError):
+        # Nobody reads stdout any more; Python would complain once again when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if as_json and not isinstance(error, BrokenPipeError):
+        payload = {"error": {"type": kind, "message": message, "fix": fix}}
+        try:
+            emit(payload, True, lambda _: None)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    else:
+        print(f"error: {message} {fix}".rstrip(), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _explain(error: BaseException) -> tuple[str, str, str, int]:
+    """Type, message and fix of an error, and the exit code."""
+    kind = type(error).__name__
+    text = _line(error)
+    if isinstance(error, VitailorError):
+        code = 2 if isinstance(error, UsageError) else 1
+        return kind, _line(error.message), _line(error.fix), code
+    if isinstance(error, KeyboardInterrupt) or kind == "Abort":
+        return "Interrupted", "Interrupted.", "", 130
+    if hasattr(error, "format_message"):  # typer's own, which differ in class by version
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "vitailor"
+        return "UsageError", _line(error.format_message()), f"See '{command} --help'.", 2
+    if isinstance(error, BrokenPipeError):
+        return kind, "The output was closed before all was written.", "", 1
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return "OutOfMemoryError", f"Memory ran out: {text}", "Use a smaller model or batch.", 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return kind, f"{where}{error.strerror}.", _mend(error), 1
+    fix = "This is a bug in vitailor or a library; run again with --debug for the traceback."
+    return kind, f"{kind}: {text}" if text else f"{kind}.", fix, 1
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _mend(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "Correct the permissions, or choose another place."
+    if isinstance(error, FileNotFoundError):
+        return "Check the path."
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, or write elsewhere."
+    return ""

@@ -1,0 +1,151 @@
+"""Which units of each block to keep first. Every criterion gives an order, best first, for every dimension.
+
+output_error  what the block's output loses after optimal compensation; needs moments
+magnitude     norms of the weights that write and read a unit; needs nothing
+variance      how much a unit's activation varies; needs moments
+taylor        |activation x gradient| of the loss, first order; needs gradients
+
+Higher means keep. Orders are nested: the kept set at a smaller size is a prefix of that at a larger one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .calibrate import BlockMoments, Moments
+from .hosts import Tensors
+from .linalg import add_ridge
+
+Criterion = Literal["output_error", "magnitude", "variance", "taylor"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Units of one block, best first.
+
+    Attributes:
+        heads: (H,). qk_dims: (H, K) and v_dims: (H, V), for each head. neurons: (F,).
+    """
+
+    heads: Tensor
+    qk_dims: Tensor
+    v_dims: Tensor
+    neurons: Tensor
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of the units of one block, higher means keep; shapes as in `Order`, heads by their sum."""
+
+    qk_dims: Tensor
+    v_dims: Tensor
+    neurons: Tensor
+
+    def order(self) -> Order:
+        return Order(
+            heads=self.v_dims.sum(1).argsort(descending=True, stable=True),
+            qk_dims=self.qk_dims.argsort(1, descending=True, stable=True),
+            v_dims=self.v_dims.argsort(1, descending=True, stable=True),
+            neurons=self.neurons.argsort(descending=True, stable=True),
+        )
+
+
+def magnitude(tensors: Tensors) -> Importance:
+    """Product of the norms of the weights that write a unit and of those that read it."""
+    norm = {name: tensors[name].double() for name in tensors if name.endswith("weight")}
+    return Importance(
+        qk_dims=norm["q.weight"].norm(dim=2) * norm["k.weight"].norm(dim=2),
+        v_dims=norm["v.weight"].norm(dim=2) * norm["out.weight"].norm(dim=0),
+        neurons=norm["fc1.weight"].norm(dim=1) * norm["fc2.weight"].norm(dim=0),
+    )
+
+
+def variance(moments: BlockMoments) -> Importance:
+    """Variance of a unit's activation (Variance-Based Pruning, arXiv 2507.12988, for neurons).
+
+    A query/key dim's score is the mean square of its contribution to the logits.
+    """
+    heads = moments.query.shape[0]
+    query, key = (m.diagonal(dim1=1, dim2=2) for m in (moments.query, moments.key))
+    return Importance(
+        qk_dims=query * key,
+        v_dims=moments.mixed.covariance.diagonal().unflatten(0, (heads, -1)),
+        neurons=moments.hidden.covariance.diagonal(),
+    )
+
+
+def output_error(tensors: Tensors, moments: BlockMoments, ridge: float) -> Order:
+    """Order by the error of the block's output after optimal linear compensation.
+
+    QK and V dims are expected in sorted bases (`bases.rotate`). Heads and neurons are removed backwards
+    one after the other (`eliminate`).
+    """
+    heads, qk, _ = tensors["q.weight"].shape
+    v = tensors["v.weight"].shape[1]
+    out = tensors["out.weight"].double().flatten(1)
+    gone_heads = eliminate(out, moments.mixed, ridge, group=v)
+    gone_neurons = eliminate(tensors["fc2.weight"].double(), moments.hidden, ridge)
+    device = out.device
+    return Order(
+        heads=gone_heads.flip(0),
+        qk_dims=torch.arange(qk, device=device).expand(heads, -1),
+        v_dims=torch.arange(v, device=device).expand(heads, -1),
+        neurons=gone_neurons.flip(0),
+    )
+
+
+def eliminate(
+    weight: Tensor, moments: Moments, ridge: float, *, group: int = 1, steps: int = 256
+) -> Tensor:
+    """Backward elimination of the inputs of a linear map by output error after compensation.
+
+    Removing the set S from y = W x and regressing it on what is kept costs
+    tr(W_S (P_SS)^-1 W_S^T), with P the inverse covariance of the inputs still there; then
+    W <- W - W_S (P_SS)^-1 P_S and P <- P - P_:S (P_SS)^-1 P_S: (the optimal brain surgeon's update,
+    Hassibi & Stork 1992). The cheapest units go first, several at a time on wide layers.
+
+    Args:
+        weight: (m, n) float64. moments: of the inputs (n).
+        ridge: added to the covariance, as a fraction of its mean diagonal.
+        group: consecutive inputs that are removed together (the dims of a head).
+        steps: about how many rounds to take; each removes n / group / steps units.
+
+    Returns:
+        (n / group,) units in the order of removal.
+    """
+    units = weight.shape[1] // group
+    weight = weight.clone()
+    inverse = torch.linalg.inv(add_ridge(moments.covariance, ridge))
+    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
+    removed: list[Tensor] = []
+    at_once = max(1, units // steps)
+    while bool(alive.any()):
+        cost = _removal_costs(weight, inverse, group)
+        cost[~alive] = torch.inf
+        count = min(at_once, int(alive.sum()))
+        chosen = cost.topk(count, largest=False).indices
+        removed.append(chosen)
+        alive[chosen] = False
+        index = (chosen.unsqueeze(1) * group + torch.arange(group, device=weight.device)).flatten()
+        gain = torch.linalg.solve(inverse[index][:, index], inverse[index])
+        weight = weight - weight[:, index] @ gain
+        inverse = inverse - inverse[:, index] @ gain
+        # What is gone no longer takes part; a unit diagonal keeps its blocks invertible.
+        weight[:, index] = 0
+        inverse[index] = 0
+        inverse[:, index] = 0
+        inverse[index, index] = 1
+    return torch.cat(removed)
+
+
+def _removal_costs(weight: Tensor, inverse: Tensor, group: int) -> Tensor:
+    if group == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    columns = weight.unflatten(1, (-1, group)).transpose(0, 1)
+    blocks = inverse.unflatten(0, (-1, group)).unflatten(2, (-1, group))
+    own = torch.stack([blocks[u, :, u] for u in range(blocks.shape[0])])
+    return torch.einsum("umg,ugk,umk->u", columns, torch.linalg.inv(own), columns)

@@ -1,0 +1,74 @@
+"""What a model is made of and what each part costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .hosts import shape_of
+from .shape import Ranks, ViTShape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FIELDS = ("num_heads", "qk_dim", "v_dim", "mlp_dim", "ranks", "num_tokens_in", "num_tokens_out")
+
+
+def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
+    """Sizes and cost of a model, ready for JSON.
+
+    Returns:
+        `macs` (multiply-adds for one image), `params`, `embed_dim`, `num_prefix_tokens`, and for each of
+        `blocks` its `num_heads`, `qk_dim` and `v_dim` per head, `mlp_dim`, `ranks` by projection (None
+        is dense), `num_tokens_in`, `num_tokens_out`.
+
+    Raises:
+        UnsupportedModelError: naming the module that cannot be accounted for.
+    """
+    shape = _shape(model_or_shape)
+    blocks = []
+    for block in shape.blocks:
+        facts = block.model_dump()
+        blocks.append({name: facts[name] for name in FIELDS})
+    return {
+        "macs": shape.macs,
+        "params": shape.params,
+        "embed_dim": shape.embed_dim,
+        "num_prefix_tokens": shape.num_prefix_tokens,
+        "blocks": blocks,
+    }
+
+
+def table(model_or_shape: nn.Module | ViTShape) -> Table:
+    """The same for people: a row for each block, one for what is around them, and the totals."""
+    from rich.table import Table
+
+    shape = _shape(model_or_shape)
+    title = f"{shape.name or 'model'}: width {shape.embed_dim}, {shape.num_classes:,} outputs"
+    view = Table(title=title, caption="QK and V dims are per head; MACs are for one image")
+    for name in ("block", "heads", "QK dim", "V dim", "MLP dim", "tokens"):
+        view.add_column(name, justify="right")
+    view.add_column("ranks")
+    for name in ("params", "MACs"):
+        view.add_column(name, justify="right")
+    for i, b in enumerate(shape.blocks):
+        merges = b.num_tokens_out < b.num_tokens_in
+        tokens = f"{b.num_tokens_in} > {b.num_tokens_out}" if merges else f"{b.num_tokens_in}"
+        sizes = (i, b.num_heads, b.qk_dim, b.v_dim, b.mlp_dim, tokens, _ranks(b.ranks))
+        costs = (f"{shape.block_param_count(i):,}", f"{shape.block_macs(i):,}")
+        view.add_row(*map(str, sizes), *costs)
+    view.add_section()
+    empty = [""] * 6
+    view.add_row("rest", *empty, f"{shape.outer_params:,}", f"{shape.outer_macs:,}")
+    view.add_row("total", *empty, f"{shape.params:,}", f"{shape.macs:,}", style="bold")
+    return view
+
+
+def _ranks(ranks: Ranks) -> str:
+    factored = {name: rank for name, rank in ranks.model_dump().items() if rank is not None}
+    return " ".join(f"{name} {rank}" for name, rank in factored.items()) or "dense"
+
+
+def _shape(model_or_shape: nn.Module | ViTShape) -> ViTShape:
+    return model_or_shape if isinstance(model_or_shape, ViTShape) else shape_of(model_or_shape)

@@ -1,0 +1,44 @@
+"""From sizes to a plan: take the first units of each order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .criteria import Order
+from .plan import BlockPlan, Plan
+from .shape import BlockShape, ViTShape
+
+
+def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan:
+    """The plan that cuts a model of shape `dense` to `target`, keeping the best units of every order."""
+    blocks = zip(dense.blocks, target.blocks, orders, strict=True)
+    return Plan(blocks=tuple(block_plan(d, t, o) for d, t, o in blocks))
+
+
+def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan:
+    """Plan of one block; dimensions that stay as they are remain None."""
+    heads = sorted(order.heads[: target.num_heads].tolist())
+    fewer = target.num_heads < dense.num_heads
+    merges = target.num_tokens_out < target.num_tokens_in
+    return BlockPlan(
+        heads=tuple(heads) if fewer else None,
+        qk_dims=_per_head(order.qk_dims, heads, target.qk_dim, dense.qk_dim),
+        v_dims=_per_head(order.v_dims, heads, target.v_dim, dense.v_dim),
+        neurons=_best(order.neurons, target.mlp_dim) if target.mlp_dim < dense.mlp_dim else None,
+        num_tokens_out=target.num_tokens_out if merges else None,
+        ranks=target.ranks,
+    )
+
+
+def _best(order: Tensor, size: int) -> tuple[int, ...]:
+    return tuple(sorted(order[:size].tolist()))
+
+
+def _per_head(
+    order: Tensor, heads: list[int], size: int, dense: int
+) -> tuple[tuple[int, ...], ...] | None:
+    if size == dense:
+        return None
+    return tuple(_best(order[h], size) for h in heads)

@@ -1,0 +1,149 @@
+"""What a change of sizes does to the outputs, measured on a few calibration images.
+
+Runs the model with compensated blocks of any sizes without rebuilding it. The tokens entering each
+block are remembered for the current sizes, so that a change in block i costs only the blocks from i on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import tokens
+from .calibrate import Batches, BlockMoments, images_of
+from .criteria import Order
+from .hosts import host_of
+from .layers import Block
+from .orders import block_plan
+from .reconstruct import compensate
+from .shape import BlockShape, ViTShape
+from .surgery import select
+
+States = list[tokens.Tokens]
+
+
+@dataclass
+class Trial:
+    """Outcome of a change: its harm, and the tokens entering each block from the changed one on."""
+
+    shape: ViTShape
+    first: int
+    harm: float
+    states: dict[int, States]
+
+
+class Simulator:
+    """The model at some sizes, and the harm of changing them.
+
+    Args:
+        model: the dense model, in sorted bases.
+        moments, orders: of each of its blocks.
+        batches: the images to measure on; all their tokens are held in memory.
+        ridge: for compensation; None for none.
+
+    Harm is the mean Kullback-Leibler divergence of the outputs from the dense model's, in nats; for a
+    model without a classifier, the relative squared error of its features.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        moments: Sequence[BlockMoments],
+        orders: Sequence[Order],
+        batches: Batches,
+        ridge: float | None,
+    ) -> None:
+        self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
+        self.host = host_of(model)
+        self.dense = self.shape = self.host.describe(model)
+        self.harm = 0.0
+        self.evaluations = 0
+        device = next(model.parameters()).device
+        self._weights = [self.host.read(self.host.block(model, i)) for i in range(self.dense.depth)]
+        self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
+        with torch.inference_mode():
+            start = [tokens.start(self.host.embed(model, images_of(b).to(device))) for b in batches]
+            self._states: dict[int, States] = {0: start}
+            final = self._run(self.dense, 0, self._states)
+            self._truth = [self.host.finish(model, tokens.unmerge(s)) for s in final]
+
+    def trial(self, shape: ViTShape, first: int) -> Trial:
+        """Harm of going to `shape`, which differs from the current sizes in no block before `first`."""
+        self.evaluations += 1
+        states = {first: self._states[first]}
+        with torch.inference_mode():
+            final = self._run(shape, first, states)
+            outputs = [self.host.finish(self.model, tokens.unmerge(s)) for s in final]
+            harm = self._divergence(outputs)
+        return Trial(shape, first, harm, states)
+
+    def accept(self, trial: Trial) -> None:
+        """Make a trial the current state."""
+        self.shape, self.harm = trial.shape, trial.harm
+        self._states |= trial.states
+
+    def _run(self, shape: ViTShape, first: int, states: dict[int, States]) -> States:
+        current = states[first]
+        for i in range(first, shape.depth):
+            states[i] = current
+            block = self._block(i, shape.blocks[i])
+            current = [self._step(block, s, shape, i) for s in current]
+        return current
+
+    def _step(self, block: Block, state: tokens.Tokens, shape: ViTShape, i: int) -> tokens.Tokens:
+        state = state.replace(block.attend(state.x, tokens.attention_bias(state)))
+        num_out = shape.blocks[i].num_tokens_out
+        if num_out < state.x.shape[1]:
+            metric = block.norm2(state.x)
+            state = tokens.merge(state, metric, num_out, shape.num_prefix_tokens, shape.matching)
+        return state.replace(block.feed(state.x))
+
+    def _block(self, i: int, want: BlockShape) -> Block:
+        """A block of the wanted sizes; its halves are remembered apart."""
+        dense = self.dense.blocks[i]
+        attn_key = dense.model_copy(
+            update={n: getattr(want, n) for n in ("num_heads", "qk_dim", "v_dim")}
+        )
+        mlp_key = dense.model_copy(update={"mlp_dim": want.mlp_dim})
+        block = copy.copy(self.host.block(self.model, i))
+        block._modules = dict(block._modules)
+        if attn_key != dense:
+            block.attn = self._half(i, "attn", attn_key)
+        if mlp_key != dense:
+            block.mlp = self._half(i, "mlp", mlp_key)
+        return block
+
+    def _half(self, i: int, name: str, want: BlockShape) -> nn.Module:
+        key = (i, name, want)
+        if key not in self._halves:
+            block = copy.deepcopy(self.host.block(self.model, i))
+            self.host.resize_block(block, self.dense, want)
+            plan = block_plan(self.dense.blocks[i], want, self.orders[i])
+            if self.ridge is None:
+                small = select(self._weights[i], plan)
+            else:
+                small = compensate(self._weights[i], plan, self.moments[i], self.ridge)
+            self.host.write(block, small, want.ranks)
+            self._halves[key] = block.get_submodule(name)
+        return self._halves[key]
+
+    def _divergence(self, outputs: list[Tensor]) -> float:
+        total, count = 0.0, 0
+        for got, truth in zip(outputs, self._truth, strict=True):
+            total += float(divergence(got, truth, self.dense.num_classes).sum())
+            count += len(got)
+        return total / count
+
+
+def divergence(outputs: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """(B,) KL(truth || outputs) of the class distributions, or relative squared error of features."""
+    if num_classes > 1:
+        got, want = outputs.float().log_softmax(-1), truth.float().log_softmax(-1)
+        return F.kl_div(got, want, log_target=True, reduction="none").sum(-1)
+    error = (outputs - truth).flatten(1).square().sum(1)
+    return error / truth.flatten(1).square().sum(1).clamp_min(1e-12)
