@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 
 # Before torch reads them. Tests are many and small: threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,11 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from vitailor.shape import BlockShape, ViTShape
 
 torch.set_num_threads(1)
+# The same examples everywhere, and none too slow for a busy machine.
+settings.register_profile("vitailor", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("vitailor")
 
 #: Arguments that make any model of the family tiny: 9 patch tokens, two blocks of two heads.
 TINY = {
@@ -52,9 +58,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def build(name: str = "vit_tiny_patch16_224", *, seed: int = 0, **overrides: object) -> nn.Module:
-    """A tiny model of timm's `name` with random weights, in evaluation mode."""
+    """A tiny model of timm's `name` with random weights, in evaluation mode; a new one every time."""
+    return copy.deepcopy(_built(name, seed, tuple(overrides.items())))
+
+
+@cache
+def _built(name: str, seed: int, overrides: tuple[tuple[str, object], ...]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(name, pretrained=False, **(TINY | overrides))
+        model = timm.create_model(name, pretrained=False, **(TINY | dict(overrides)))
     return randomise(model, seed).eval()
 
 

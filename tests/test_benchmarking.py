@@ -147,9 +147,7 @@ def test_nothing_given_is_changed(vit):
     flags = [m.training for m in vit.modules()]
     tensors = {n: t.clone() for n, t in vit.state_dict().items()}
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
-    result = bench(
-        [("a", vit)], batch_sizes=(1,), dtype="bfloat16", threads=2, runs=1, warmup=0
-    )
+    result = bench([("a", vit)], batch_sizes=(1,), dtype="bfloat16", threads=2, runs=1, warmup=0)
     assert result.models[0].threads == 2
     assert result.models[0].dtype == "bfloat16"
     assert torch.get_num_threads() == threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import build, images
-from vitailor import surgery
+from vitailor import surgery, tokens
 from vitailor.errors import PlanError, UnsupportedModelError
 from vitailor.hosts import host_named, host_of, shape_of
 from vitailor.layers import BlockStack
@@ -45,7 +46,7 @@ def make(name: str, **overrides) -> nn.Module:
     return build(name.partition("-")[0], **FAMILY.get(name, {}), **overrides)
 
 
-def cuts(model: nn.Module, *, merge: bool = True, ranks: bool = True) -> Plan:
+def cuts(model: nn.Module, *, merge: bool = True) -> Plan:
     """A plan that touches everything that can be touched."""
     shape = shape_of(model)
     prefix, tokens = shape.num_prefix_tokens, shape.num_tokens
@@ -58,21 +59,26 @@ def cuts(model: nn.Module, *, merge: bool = True, ranks: bool = True) -> Plan:
                 neurons=tuple(range(0, 64, 3)),
                 attn_features=tuple(range(1, 15)),
                 num_tokens_out=prefix + 7 if merge else None,
-                ranks=Ranks(fc2=6) if ranks else Ranks(),
+                ranks=Ranks(fc2=6),
             ),
             BlockPlan(
                 heads=(1,),
                 mlp_features=tuple(range(0, 16, 2)),
                 num_tokens_out=prefix + 2 if merge and tokens > prefix + 2 else None,
-                ranks=Ranks(q=3, out=4) if ranks else Ranks(),
+                ranks=Ranks(q=3, out=4),
             ),
         )
     )
 
 
-def compressed(name: str, **kinds: bool) -> nn.Module:
+def compressed(name: str, *, merge: bool = True) -> nn.Module:
+    return copy.deepcopy(_compressed(name, merge))
+
+
+@cache
+def _compressed(name: str, merge: bool) -> nn.Module:
     model = make(name)
-    return surgery.apply(model, cuts(model, **kinds))
+    return surgery.apply(model, cuts(model, merge=merge))
 
 
 def counted_macs(model: nn.Module) -> int:
@@ -408,8 +414,6 @@ def test_another_input_size(name, merge):
 def test_prefix_tokens_are_never_merged(name):
     model = compressed(name, merge=True)
     prefix = model.num_prefix_tokens
-    from vitailor import tokens
-
     stack = model.blocks
     assert isinstance(stack, BlockStack)
     state = tokens.start(host_of(model).embed(model, images(model)))
@@ -424,7 +428,7 @@ def test_prefix_tokens_are_never_merged(name):
 
 def test_spread_out_prefix_features_are_the_merged_models_own(name):
     """Where merging cannot matter, in front of the first merge, prefix positions are the dense model's."""
-    dense, merged = make(name), None
+    dense = make(name)
     plan = Plan(blocks=(BlockPlan(), BlockPlan(num_tokens_out=dense.num_prefix_tokens + 1)))
     merged = surgery.apply(dense, plan)
     x, prefix = images(dense), dense.num_prefix_tokens

@@ -65,6 +65,13 @@ def test_ranks_and_features_of_the_given_model_stay():
     assert after.attn_features == 5
 
 
+def test_factors_of_the_given_model_go_where_their_rank_is_above_what_is_left():
+    before = block(ranks=Ranks(fc1=7, fc2=5, out=8))
+    assert result(BlockPlan(neurons=tuple(range(6))), before).ranks == Ranks(fc2=5, out=8)
+    assert result(BlockPlan(heads=(0,)), before).ranks == before.ranks
+    assert result(BlockPlan(v_dims=((0,), (1,))), before).ranks == Ranks(fc1=7, fc2=5)
+
+
 @pytest.mark.parametrize(
     ("plan", "attention", "mlp"),
     [
@@ -131,6 +138,13 @@ def test_a_plan_that_does_not_fit_says_where(plan, message):
 def test_features_of_features_are_relative_to_what_is_read_now():
     with pytest.raises(PlanError, match="names unit 5, but the model has 5"):
         result(BlockPlan(attn_features=(5,)), block(attn_features=5))
+
+
+def test_the_matching_rule_is_the_models_unless_given():
+    before = shape(matching="cosine")
+    assert Plan.identity(before).result(before).matching == "cosine"
+    asked = Plan(blocks=(BlockPlan(),) * 2, matching="ward")
+    assert asked.result(before).matching == "ward"
 
 
 def test_number_of_blocks_must_agree():

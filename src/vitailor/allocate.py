@@ -5,79 +5,19 @@ An allocation is a `ViTShape`: the sizes to cut to. Which units stay is the crit
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .budget import cost
 from .errors import BudgetError
-from .shape import BlockShape, ViTShape
-from .simulate import Simulator, Trial
+from .harm import HarmModel
+from .shape import BlockShape, ViTShape, similarity_pairs
+from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
-Dimension = Literal["tokens", "qk", "v", "neurons", "heads"]
-DIMENSIONS: tuple[Dimension, ...] = ("tokens", "qk", "v", "neurons", "heads")
-Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Smallest change of each dimension: sizes stay multiples of it, so that kernels stay fast."""
-
-    tokens: int = 1
-    qk: int = 8
-    v: int = 8
-    neurons: int = 16
-    heads: int = 1
-
-    @classmethod
-    def for_shape(cls, shape: ViTShape) -> Steps:
-        """Steps that suit the model: multiples of 8 for head dims and 16 for neurons, finer if tiny."""
-        head = min(b.qk_dim for b in shape.blocks)
-        mlp = min(b.mlp_dim for b in shape.blocks)
-        dim = 8 if head >= 32 else max(1, head // 8)
-        return cls(qk=dim, v=dim, neurons=16 if mlp >= 256 else max(1, mlp // 16))
-
-
-FIELDS: dict[Dimension, str] = {
-    "tokens": "num_tokens_out",
-    "qk": "qk_dim",
-    "v": "v_dim",
-    "neurons": "mlp_dim",
-    "heads": "num_heads",
-}
-
-
-def with_size(shape: ViTShape, index: int, dimension: Dimension, size: int) -> ViTShape:
-    """The shape with one dimension of one block changed.
-
-    Tokens removed in a block are gone in all later ones too; later blocks go on removing as many.
-    """
-    blocks = list(shape.blocks)
-    if dimension != "tokens":
-        blocks[index] = blocks[index].model_copy(update={FIELDS[dimension]: size})
-        return shape.model_copy(update={"blocks": tuple(blocks)})
-    floor = shape.num_prefix_tokens + 1
-    arriving = blocks[index].num_tokens_in
-    for i in range(index, len(blocks)):
-        block = blocks[i]
-        leaving = size if i == index else arriving - (block.num_tokens_in - block.num_tokens_out)
-        leaving = max(floor, min(leaving, arriving))
-        blocks[i] = block.model_copy(update={"num_tokens_in": arriving, "num_tokens_out": leaving})
-        arriving = leaving
-    return shape.model_copy(update={"blocks": tuple(blocks)})
-
-
-def smallest(
-    block: BlockShape, dimension: Dimension, steps: Steps, shape: ViTShape, dense: BlockShape
-) -> int:
-    """The least size a dimension may fall to."""
-    if dimension == "tokens":
-        return shape.num_prefix_tokens + 1
-    if dimension == "heads":
-        return 1
-    step: int = getattr(steps, dimension)
-    return min(step, getattr(dense, FIELDS[dimension]))
+Floats = NDArray[np.float64]
 
 
 def allocate_uniform(
@@ -103,19 +43,30 @@ def allocate_uniform(
                 shape = with_size(shape, i, dimension, size)
         return shape
 
-    low, high = 0.0, 1.0
-    if cost(at(high), metric) > limit:
-        raise _unreachable(metric, limit, cost(at(high), metric))
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(at(middle), metric) <= limit else (middle, high)
-    return fill(at(high), dense, metric, limit, dimensions, steps)
+    shape = _largest_within(at, metric, limit)
+    return fill(shape, dense, metric, limit, dimensions, steps)
 
 
 def _rounded(block: BlockShape, dimension: Dimension, keep: float, steps: Steps) -> int:
     full: int = getattr(block, FIELDS[dimension])
     step: int = getattr(steps, dimension)
     return min(full, max(step, round(full * keep / step) * step))
+
+
+def _largest_within(at: Callable[[float], ViTShape], metric: str, limit: int) -> ViTShape:
+    """The shape of the least cut in [0, 1] whose cost is within the limit, by bisection."""
+    low, high = 0.0, 1.0
+    least = at(high)
+    if cost(least, metric) > limit:
+        raise BudgetError(
+            f"No plan meets {limit:,} {metric}: the smallest model these dimensions allow has "
+            f"{cost(least, metric):,}.",
+            "Ask for more, or allow more dimensions to be cut.",
+        )
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle), metric) <= limit else (middle, high)
+    return at(high)
 
 
 def fill(
@@ -125,19 +76,25 @@ def fill(
     limit: int,
     dimensions: Sequence[Dimension],
     steps: Steps,
+    harm: HarmModel | None = None,
 ) -> ViTShape:
-    """Give back single units until not one more fits, the dearest that fits first."""
+    """Give back single units until not one more fits: those that undo most harm for their cost, or,
+    without a harm model, the dearest."""
     while True:
-        options = [
-            grown
-            for i in range(shape.depth)
-            for dimension in dimensions
-            if (grown := _grown(shape, dense, i, dimension, steps)) is not None
-        ]
-        fitting = [s for s in options if cost(shape, metric) < cost(s, metric) <= limit]
-        if not fitting:
+        present = cost(shape, metric)
+        best: tuple[float, ViTShape] | None = None
+        for i in range(shape.depth):
+            for dimension in dimensions:
+                grown = _grown(shape, dense, i, dimension, steps)
+                if grown is None or not present < cost(grown, metric) <= limit:
+                    continue
+                added = cost(grown, metric) - present
+                worth = float(added) if harm is None else (total(harm, shape) - total(harm, grown)) / added
+                if best is None or worth > best[0]:
+                    best = worth, grown
+        if best is None:
             return shape
-        shape = max(fitting, key=lambda s: cost(s, metric))
+        shape = best[1]
 
 
 def _grown(
@@ -152,112 +109,160 @@ def _grown(
     return with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)))
 
 
-def allocate_marginal(
-    simulator: Simulator,
-    metric: str,
-    limit: int,
-    dimensions: Sequence[Dimension],
-    steps: Steps,
-    *,
-    resolution: float = 0.01,
-    progress: Progress | None = None,
-) -> ViTShape:
-    """Greedy descent: again and again the cut that harms the outputs least for what it saves.
+def total(harm: HarmModel, shape: ViTShape) -> float:
+    """Modelled harm of a shape."""
+    result = 0.0
+    for i, block in enumerate(shape.blocks):
+        for dimension in ("qk", "v", "neurons", "heads"):
+            size = np.array([getattr(block, FIELDS[dimension])])
+            result += float(harm.table(i, dimension, size)[0])
+        ends = np.array([block.num_tokens_in, block.num_tokens_out])
+        before, after = harm.table(i, "tokens", ends)
+        result += float(after - before)
+    return result
 
-    A cut shrinks one dimension of one block by about `resolution` of the dense cost (at least one
-    step). Its price is the rise of the harm it causes, given all cuts made before, over the cost it
-    saves. Prices are kept in a queue and measured anew only when they come to the top, since they
-    mostly rise as cuts accumulate (lazy greedy, Minoux 1978). All dimensions of all blocks compete.
+
+def allocate_marginal(
+    harm: HarmModel, metric: str, limit: int, dimensions: Sequence[Dimension], steps: Steps
+) -> ViTShape:
+    """The sizes of least modelled harm within the budget, over all dimensions and blocks at once.
+
+    At a price per unit of cost, the best sizes minimise harm + price * cost: exactly, by dynamic
+    programming over blocks with the token count as state, since given its token counts a block's other
+    sizes are its own affair. The price is raised until the budget is met; every cut then pays the same
+    marginal harm per unit saved. A higher price never gives a costlier model, so cost is monotone in
+    the budget. What rounding left is given back unit by unit.
 
     Args:
-        simulator: at the dense sizes; left at the sizes found.
+        harm: curves of every dimension of every block.
         metric, limit: "macs" or "params", and how much is allowed.
 
     Raises:
-        BudgetError: when no combination of cuts meets the limit.
+        BudgetError: when the smallest sizes still cost too much.
     """
-    for _ in marginal_path(
-        simulator, metric, limit, dimensions, steps, resolution=resolution, progress=progress
-    ):
-        pass
-    return fill(simulator.shape, simulator.dense, metric, limit, dimensions, steps)
+    solver = _Solver(harm, metric, dimensions, steps)
+
+    def at(cut: float) -> ViTShape:
+        # Maps [0, 1] to prices from 0 to infinity, in harm per dense cost, evenly on a log scale
+        # around 1.
+        return solver.solve(np.inf if cut >= 1.0 else (cut / (1 - cut)) ** 4)
+
+    shape = _largest_within(at, metric, limit)
+    return fill(shape, harm.dense, metric, limit, dimensions, steps, harm)
 
 
-def marginal_path(
-    simulator: Simulator,
-    metric: str,
-    limit: int,
-    dimensions: Sequence[Dimension],
-    steps: Steps,
-    *,
-    resolution: float,
-    progress: Progress | None,
-) -> Iterator[Trial]:
-    """The cuts of `allocate_marginal`, one after the other, each already accepted."""
-    dense = simulator.dense
-    start, quantum = cost(dense, metric), resolution * cost(dense, metric)
-    queue: list[tuple[float, int, int, Dimension]] = []
-    round_of: dict[tuple[int, Dimension], int] = {}
-
-    def price(i: int, dimension: Dimension) -> tuple[float, Trial] | None:
-        cut = _cut(simulator.shape, dense, i, dimension, steps, metric, quantum)
-        if cut is None:
-            return None
-        trial = simulator.trial(cut, i)
-        saved = cost(simulator.shape, metric) - cost(cut, metric)
-        return (trial.harm - simulator.harm) / saved * quantum, trial
-
-    accepted = 0
-    candidates = [(i, d) for i in range(dense.depth) for d in dimensions]
-    for i, dimension in candidates:
-        heapq.heappush(queue, (float("-inf"), len(round_of), i, dimension))
-        round_of[i, dimension] = -1
-    while cost(simulator.shape, metric) > limit:
-        if not queue:
-            raise _unreachable(metric, limit, cost(simulator.shape, metric))
-        _, tie, i, dimension = heapq.heappop(queue)
-        found = price(i, dimension)
-        if found is None:
-            continue
-        if queue and found[0] > queue[0][0]:
-            heapq.heappush(queue, (found[0], tie, i, dimension))
-            continue
-        simulator.accept(found[1])
-        accepted += 1
-        heapq.heappush(queue, (found[0], tie, i, dimension))
-        if progress is not None:
-            progress(min(1.0, (start - cost(simulator.shape, metric)) / max(1, start - limit)))
-        yield found[1]
+#: Cost of a half block: fixed, for each token, for each pair of tokens.
+Terms = tuple[float, float, float]
 
 
-def _cut(
-    shape: ViTShape,
-    dense: ViTShape,
-    i: int,
-    dimension: Dimension,
-    steps: Steps,
-    metric: str,
-    quantum: float,
-) -> ViTShape | None:
-    """The smallest cut of a dimension that saves `quantum`, or the largest possible; None if none."""
-    block = shape.blocks[i]
-    size: int = getattr(block, FIELDS[dimension])
-    step: int = getattr(steps, dimension)
-    floor = smallest(block, dimension, steps, shape, dense.blocks[i])
-    best: ViTShape | None = None
-    while size > floor:
-        size = max(floor, (size - 1) // step * step)
-        candidate = with_size(shape, i, dimension, size)
-        saved = cost(shape, metric) - cost(candidate, metric)
-        if saved > 0:
-            best = candidate
-        if saved >= quantum:
-            break
-    return best
+@dataclass(frozen=True)
+class _Options:
+    """Sizes that a half block may take, each with its harm and the terms of its cost."""
+
+    blocks: list[BlockShape]
+    harm: Floats
+    fixed: Floats
+    per_token: Floats
+    per_pair: Floats
 
 
-def _unreachable(metric: str, limit: int, least: int) -> BudgetError:
-    return BudgetError(
-        f"No plan meets {limit:,} {metric}: the smallest model these dimensions allow has {least:,}.",
-        "Ask for more, or allow more dimensions to be cut.",
-    )
+class _Solver:
+    """Dynamic programming over blocks; built once, solved at many prices."""
+
+    def __init__(
+        self, harm: HarmModel, metric: str, dimensions: Sequence[Dimension], steps: Steps
+    ) -> None:
+        self.harm, self.metric, self.dense = harm, metric, harm.dense
+        full, floor = self.dense.num_tokens, self.dense.num_prefix_tokens + 1
+        counts = grid(self.dense, 0, "tokens", steps) if "tokens" in dimensions else [full]
+        stride = max(1, len(counts) // 64)
+        self.counts = np.array(sorted({floor, full, *counts[::-stride]} if len(counts) > 1 else counts))
+        self.attn = [self._attention(i, dimensions, steps) for i in range(self.dense.depth)]
+        self.mlp = [self._mlp(i, dimensions, steps) for i in range(self.dense.depth)]
+        self.tokens = [harm.table(i, "tokens", self.counts) for i in range(self.dense.depth)]
+        n = self.counts
+        pairs = [[similarity_pairs(a - floor + 1, a - b) if b < a else 0 for b in n] for a in n]
+        unit = self.dense.embed_dim if metric == "macs" else 0
+        self.merging = np.array(pairs, dtype=float) * unit / cost(self.dense, metric)
+
+    def solve(self, price: float) -> ViTShape:
+        """The shape that minimises harm + price * cost / dense cost."""
+        n = self.counts
+        allowed = n[:, None] >= n[None, :]
+        weight, price = (0.0, 1.0) if np.isinf(price) else (1.0, price)
+        value = np.where(n == self.dense.num_tokens, 0.0, np.inf)
+        history: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+        for i in range(self.dense.depth):
+            attn, attn_choice = _best(self.attn[i], n, weight, price)
+            mlp, mlp_choice = _best(self.mlp[i], n, weight, price)
+            step = price * self.merging + weight * (self.tokens[i][None, :] - self.tokens[i][:, None])
+            through = (value + attn)[:, None] + step + mlp[None, :]
+            through = np.where(allowed, through, np.inf)
+            came_from = through.argmin(0)
+            value = through[came_from, np.arange(len(n))]
+            history.append((came_from, attn_choice, mlp_choice))
+        state = int(value.argmin())
+        blocks: list[BlockShape] = []
+        for i in reversed(range(self.dense.depth)):
+            came_from, attn_choice, mlp_choice = history[i]
+            before = int(came_from[state])
+            chosen = self.attn[i].blocks[attn_choice[before]]
+            mlp_dim = self.mlp[i].blocks[mlp_choice[state]].mlp_dim
+            sizes = {"num_tokens_in": int(n[before]), "num_tokens_out": int(n[state])}
+            blocks.append(chosen.model_copy(update={"mlp_dim": mlp_dim, **sizes}))
+            state = before
+        return self.dense.model_copy(update={"blocks": tuple(reversed(blocks))})
+
+    def _attention(self, i: int, dimensions: Sequence[Dimension], steps: Steps) -> _Options:
+        block = self.dense.blocks[i]
+        axes: list[list[int]] = []
+        for dimension in ("heads", "qk", "v"):
+            full = getattr(block, FIELDS[dimension])
+            axes.append(grid(self.dense, i, dimension, steps) if dimension in dimensions else [full])
+        tables = [
+            self.harm.table(i, d, np.array(a)) for d, a in zip(("heads", "qk", "v"), axes, strict=True)
+        ]
+        blocks, harms = [], []
+        for a, heads in enumerate(axes[0]):
+            for b, qk in enumerate(axes[1]):
+                for c, v in enumerate(axes[2]):
+                    update = {"num_heads": heads, "qk_dim": qk, "v_dim": v}
+                    blocks.append(block.model_copy(update=update))
+                    harms.append(tables[0][a] + tables[1][b] + tables[2][c])
+        return self._options(blocks, np.array(harms), self._attention_terms)
+
+    def _mlp(self, i: int, dimensions: Sequence[Dimension], steps: Steps) -> _Options:
+        block = self.dense.blocks[i]
+        sizes = grid(self.dense, i, "neurons", steps) if "neurons" in dimensions else [block.mlp_dim]
+        blocks = [block.model_copy(update={"mlp_dim": size}) for size in sizes]
+        harms = self.harm.table(i, "neurons", np.array(sizes))
+        return self._options(blocks, harms, self._mlp_terms)
+
+    def _options(
+        self, blocks: list[BlockShape], harm: Floats, terms: Callable[[BlockShape], Terms]
+    ) -> _Options:
+        dense_cost = cost(self.dense, self.metric)
+        fixed, per_token, per_pair = np.array([terms(b) for b in blocks]).T / dense_cost
+        return _Options(blocks, harm, fixed, per_token, per_pair)
+
+    def _attention_terms(self, block: BlockShape) -> Terms:
+        if self.metric == "params":
+            return float(self.dense.attention_params(block)), 0.0, 0.0
+        per_token, per_pair = self.dense.attention_macs(block)
+        return 0.0, float(per_token), float(per_pair)
+
+    def _mlp_terms(self, block: BlockShape) -> Terms:
+        if self.metric == "params":
+            return float(self.dense.mlp_params(block)), 0.0, 0.0
+        return 0.0, float(self.dense.mlp_macs(block)), 0.0
+
+
+def _best(
+    options: _Options, n: NDArray[np.int64], weight: float, price: float
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Least weight * harm + price * cost for each token count, and the option that gives it."""
+    tokens = n[:, None].astype(float)
+    spent = options.fixed + options.per_token * tokens + options.per_pair * tokens**2
+    value = weight * options.harm + price * spent
+    choice = value.argmin(1)
+    return value[np.arange(len(n)), choice], choice

@@ -110,7 +110,10 @@ def bench(
     target = _device(device, models[0][1])
     total, done = len(batch_sizes) * (runs + warmup), 0
     rows: list[BenchRow] = []
-    with _threads(threads), torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+    with (
+        _threads(threads),
+        torch.random.fork_rng(devices=[target] if target.type == "cuda" else []),
+    ):
         ready = [(name, _prepare(model, target, dtype)) for name, model in models]
         sizes = [resolve_preprocessing(model).input_size for _, model in models]
         for (name, model), size in zip(ready, sizes, strict=True):
@@ -187,7 +190,9 @@ def check_settings(
 ) -> None:
     """Raise a `UsageError` for a setting of `bench` that is out of range."""
     if not batch_sizes or min(batch_sizes) < 1:
-        raise UsageError(f"Batch sizes {list(batch_sizes)} are not all positive.", "Give 1 or more.")
+        raise UsageError(
+            f"Batch sizes {list(batch_sizes)} are not all positive.", "Give 1 or more."
+        )
     if dtype not in get_args(DType):
         raise UsageError(f"Unknown dtype '{dtype}'.", f"Choose {', '.join(get_args(DType))}.")
     if threads is not None and threads < 1:

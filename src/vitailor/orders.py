@@ -14,7 +14,8 @@ from .shape import BlockShape, ViTShape
 def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan:
     """The plan that cuts a model of shape `dense` to `target`, keeping the best units of every order."""
     blocks = zip(dense.blocks, target.blocks, orders, strict=True)
-    return Plan(blocks=tuple(block_plan(d, t, o) for d, t, o in blocks))
+    plans = tuple(block_plan(d, t, o) for d, t, o in blocks)
+    return Plan(blocks=plans, matching=target.matching)
 
 
 def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan:

@@ -6,12 +6,23 @@ and says what was removed. Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .errors import PlanError
-from .shape import DENSE, FORMAT_VERSION, BlockShape, Facts, Positive, Ranks, ViTShape, revise
+from .shape import (
+    DENSE,
+    FORMAT_VERSION,
+    BlockShape,
+    Facts,
+    Positive,
+    Ranks,
+    ViTShape,
+    rank_limits,
+    revise,
+)
 
 Indices = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -99,11 +110,7 @@ class BlockPlan(Facts):
         mlp_in = block.mlp_features
         if self.mlp_features is not None:
             mlp_in = _count(self.mlp_features, mlp_in or embed_dim, f"{where}.mlp_features")
-        merged = {
-            name: getattr(self.ranks, name) or getattr(block.ranks, name)
-            for name in Ranks.model_fields
-        }
-        return BlockShape(
+        after = BlockShape(
             num_heads=heads,
             qk_dim=len(self.qk_dims[0]) if self.qk_dims else block.qk_dim,
             v_dim=len(self.v_dims[0]) if self.v_dims else block.v_dim,
@@ -112,15 +119,22 @@ class BlockPlan(Facts):
             num_tokens_out=tokens_out,
             attn_features=attn_in,
             mlp_features=mlp_in,
-            ranks=Ranks(**merged),
         )
-
+        # The model's own factors stay, except where so little is left that they are no factors.
+        limits = rank_limits(embed_dim, after)
+        own = {n: r for n, r in block.ranks if r is not None and r <= limits[n]}
+        asked = {n: r for n, r in self.ranks if r is not None}
+        return revise(after, ranks=Ranks(**own | asked))
 
 
 class Plan(Facts):
-    """One `BlockPlan` for each block, and the version of this format."""
+    """One `BlockPlan` for each block, and the version of this format.
+
+    `matching` is the rule by which tokens are paired for merging; None leaves the model's.
+    """
 
     version: int = FORMAT_VERSION
+    matching: Literal["ward", "cosine"] | None = None
     blocks: tuple[BlockPlan, ...]
 
     @model_validator(mode="after")
@@ -156,7 +170,7 @@ class Plan(Facts):
                 "The model normalises queries and keys, so qk_dims cannot change.",
                 "Leave qk_dims out; remove whole heads instead.",
             )
-        return revise(shape, blocks=tuple(blocks))
+        return revise(shape, blocks=tuple(blocks), matching=self.matching or shape.matching)
 
 
 def _check_indices(name: str, indices: Indices | None) -> None:
@@ -164,7 +178,7 @@ def _check_indices(name: str, indices: Indices | None) -> None:
         return
     if not indices:
         raise ValueError(f"{name} keeps nothing; at least one must stay")
-    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(indices)):
         raise ValueError(f"{name} must be strictly increasing")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from .errors import ArtifactError
 from .provenance import Provenance
 from .shape import BlockShape, Facts, ViTShape
@@ -70,7 +72,7 @@ class Run(Facts):
     seconds: float | None = None
     peak_memory_mb: float | None = None
     preprocessing: str = ""
-    conditions: dict[str, Any] = {}
+    conditions: dict[str, Any] = Field(default_factory=dict)
 
 
 def report(runs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
@@ -115,7 +117,7 @@ def write_page(
         lstrip_blocks=True,
         autoescape=True,
     )
-    environment.filters |= {"count": count, "signed": signed}
+    environment.filters |= {"count": count, "signed": signed, "short": _short}
     methods = list(dict.fromkeys(run.method for run in runs))
     figure = _scatter(runs, methods)
     text = environment.get_template("report.html.j2").render(
@@ -127,7 +129,9 @@ def write_page(
             for i, method in enumerate(methods)
             if any(run.accuracy is not None for run in runs if run.method == method)
         ],
-        dense_known=any(run.accuracy is not None and run.accuracy.before is not None for run in runs),
+        dense_known=any(
+            run.accuracy is not None and run.accuracy.before is not None for run in runs
+        ),
         figure=_inline_json(figure) if figure else None,
         plotly=get_plotlyjs() if figure else "",
         conditions=_conditions(runs),
@@ -182,7 +186,7 @@ def method_label(method: str, settings: dict[str, Any]) -> str:
     config = METHODS.get(method)
     fields = config.model_fields if config is not None else {}
     changed = [
-        f"{name}={json.dumps(value) if not isinstance(value, str) else value}"
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in settings.items()
         if name in fields and value != fields[name].default
     ]
@@ -205,6 +209,11 @@ def count(value: int | float) -> str:
 
 def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _short(value: float) -> str:
+    """At most one decimal: 173.3, 64."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def _number(record: dict[str, Any], key: str, when: str) -> int | None:
@@ -249,7 +258,9 @@ def _preprocessing(known: Provenance) -> str:
     if facts is None:
         return ""
     _, height, width = facts.input_size
-    return f"{height}\N{MULTIPLICATION SIGN}{width} px, {facts.interpolation}, crop {facts.crop_pct:g}"
+    return (
+        f"{height}\N{MULTIPLICATION SIGN}{width} px, {facts.interpolation}, crop {facts.crop_pct:g}"
+    )
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -268,7 +279,9 @@ def _view(run: Run, methods: list[str]) -> dict[str, Any]:
 
 def _panels(shape: ViTShape, dense: ViTShape | None) -> list[dict[str, Any]]:
     """One bar chart for each dimension: a bar a block, heights as fractions of the tallest."""
-    before: Sequence[BlockShape | None] = dense.blocks if dense is not None else [None] * shape.depth
+    before: Sequence[BlockShape | None] = (
+        dense.blocks if dense is not None else [None] * shape.depth
+    )
     panels = []
     for field, label in DIMENSIONS:
         pairs = [
@@ -317,7 +330,12 @@ def _scatter(runs: Sequence[Run], methods: list[str]) -> dict[str, Any] | None:
     traces = []
     if dense:
         points = [
-            (macs, top1, run.accuracy.before_interval, _hover("dense", macs, top1, run.accuracy, True))
+            (
+                macs,
+                top1,
+                run.accuracy.before_interval,
+                _hover("dense", macs, top1, run.accuracy, True),
+            )
             for (macs, top1), run in dense.items()
             if run.accuracy is not None
         ]

@@ -170,7 +170,7 @@ class ViTShape(Facts):
             for field in ("attn_features", "mlp_features"):
                 if (getattr(block, field) or 0) > self.embed_dim:
                     raise ValueError(f"blocks.{i}.{field} exceeds embed_dim {self.embed_dim}")
-            for field, limit in _rank_limits(self.embed_dim, block).items():
+            for field, limit in rank_limits(self.embed_dim, block).items():
                 if (getattr(block.ranks, field) or 0) > limit:
                     raise ValueError(f"blocks.{i}.ranks.{field} exceeds the full rank {limit}")
             tokens = block.num_tokens_out
@@ -194,25 +194,36 @@ class ViTShape(Facts):
         """Multiply-adds of block `index`: projections, attention products, MLP, token similarity."""
         b = self.blocks[index]
         n, m = b.num_tokens_in, b.num_tokens_out
-        linears = _linears(self.embed_dim, b)
-        attention = n * sum(_linear_macs(*linears[name]) for name in ("q", "k", "v", "out"))
-        attention += 2 * n * n * b.num_heads * b.sdpa_dim
-        mlp = m * sum(_linear_macs(*linears[name]) for name in ("fc1", "fc2"))
+        per_token, per_pair = self.attention_macs(b)
         similarity = similarity_pairs(n - self.num_prefix_tokens, n - m) * self.embed_dim
-        return attention + mlp + similarity
+        return n * per_token + n * n * per_pair + m * self.mlp_macs(b) + similarity
+
+    def attention_macs(self, b: BlockShape) -> tuple[int, int]:
+        """MACs of a block's attention half for each token, and for each pair of tokens."""
+        linears = _linears(self.embed_dim, b)
+        per_token = sum(_linear_macs(*linears[name]) for name in ("q", "k", "v", "out"))
+        return per_token, 2 * b.num_heads * b.sdpa_dim
+
+    def mlp_macs(self, b: BlockShape) -> int:
+        """MACs of a block's MLP for each token."""
+        linears = _linears(self.embed_dim, b)
+        return _linear_macs(*linears["fc1"]) + _linear_macs(*linears["fc2"])
 
     def block_param_count(self, index: int) -> int:
         """Parameters of block `index`."""
         b = self.blocks[index]
-        linears = _linears(self.embed_dim, b)
-        total = self.block_params + sum(_linear_macs(*linear) for linear in linears.values())
-        if self.qkv_bias:
-            total += b.num_heads * (2 * b.qk_dim + b.v_dim)
-        if self.out_bias:
-            total += self.embed_dim
-        if self.mlp_bias:
-            total += b.mlp_dim + self.embed_dim
+        return self.block_params + self.attention_params(b) + self.mlp_params(b)
+
+    def attention_params(self, b: BlockShape) -> int:
+        """Parameters of a block's attention projections and query and key norms."""
+        total, _ = self.attention_macs(b)
+        total += b.num_heads * (2 * b.qk_dim + b.v_dim) if self.qkv_bias else 0
+        total += self.embed_dim if self.out_bias else 0
         return total + 2 * self.qk_norm * b.qk_dim
+
+    def mlp_params(self, b: BlockShape) -> int:
+        """Parameters of a block's MLP."""
+        return self.mlp_macs(b) + (b.mlp_dim + self.embed_dim if self.mlp_bias else 0)
 
     def with_blocks(self, blocks: tuple[BlockShape, ...]) -> ViTShape:
         """The same model with other block sizes, validated."""
@@ -265,5 +276,6 @@ def _linear_macs(fan_in: int, fan_out: int, rank: int | None) -> int:
     return fan_in * fan_out if rank is None else rank * (fan_in + fan_out)
 
 
-def _rank_limits(embed_dim: int, b: BlockShape) -> dict[str, int]:
+def rank_limits(embed_dim: int, b: BlockShape) -> dict[str, int]:
+    """Full rank of each projection."""
     return {name: min(i, o) for name, (i, o, _) in _linears(embed_dim, b).items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .hosts import host_of
 from .layers import Block
 from .orders import block_plan
 from .reconstruct import compensate
-from .shape import BlockShape, ViTShape
+from .shape import BlockShape, ViTShape, revise
 from .surgery import select
 
 States = list[tokens.Tokens]
@@ -45,6 +46,7 @@ class Simulator:
         moments, orders: of each of its blocks.
         batches: the images to measure on; all their tokens are held in memory.
         ridge: for compensation; None for none.
+        matching: rule by which tokens are paired.
 
     Harm is the mean Kullback-Leibler divergence of the outputs from the dense model's, in nats; for a
     model without a classifier, the relative squared error of its features.
@@ -57,10 +59,12 @@ class Simulator:
         orders: Sequence[Order],
         batches: Batches,
         ridge: float | None,
+        matching: Literal["ward", "cosine"] = "ward",
     ) -> None:
         self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
         self.host = host_of(model)
-        self.dense = self.shape = self.host.describe(model)
+        self.dense = revise(self.host.describe(model), matching=matching)
+        self.shape = self.dense
         self.harm = 0.0
         self.evaluations = 0
         device = next(model.parameters()).device

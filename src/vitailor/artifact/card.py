@@ -15,7 +15,8 @@ def model_card(known: Provenance) -> str:
     """README.md of an artifact: what it is, what it costs, how to load it, what was measured.
 
     Figures of the dense origin and accuracies are shown where `known.record` has them under the keys
-    that `vitailor compress --json` prints: `macs`, `params` and `top1`, each with `before` and `after`.
+    that `vitailor compress --json` prints: `macs`, `params` and `top1`, each with `before` and `after`;
+    `evaluated_on` and `images` say on what they were measured.
     """
     shape, record = known.shape, known.record
     environment = Environment(
@@ -45,7 +46,7 @@ def model_card(known: Provenance) -> str:
         rows=rows,
         before={key: _before(record, key) for key in ("macs", "params")},
         accuracy=_accuracy(record.get("top1")),
-        measured_on=_text(record.get("evaluated_on")),
+        measured_on=_measured_on(record),
         steps=known.steps,
         preprocessing=known.preprocessing,
         version=__version__,
@@ -76,5 +77,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+def _measured_on(record: dict[str, Any]) -> str:
+    data, images = record.get("evaluated_on"), record.get("images")
+    if not isinstance(data, str):
+        return ""
+    return f"{data} ({images:,} images)" if isinstance(images, int) else data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -54,7 +55,10 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
         save_file({name: _own(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
     except SafetensorError as error:
-        raise OSError(_os_error_number(error), str(error).rpartition("I/O error: ")[2]) from error
+        # It passes on what the system said as text: "... (os error 28)".
+        number = str(error).rpartition("(os error ")[2].rstrip(")")
+        code = int(number) if number.isdigit() else 0
+        raise OSError(code, os.strerror(code) if code else str(error)) from error
 
 
 def read_tensors(file: Path, shape: ViTShape) -> nn.Module:
@@ -109,7 +113,8 @@ def fitting_skeleton(shape: ViTShape, entries: Mapping[str, Entry]) -> nn.Module
         raise
     except Exception as error:  # the host library was given arguments it never expected
         raise ArtifactError(
-            f"{shape.host} cannot build the stored architecture: {error}", "The plan is damaged."
+            f"{shape.host} cannot build the stored architecture: {type(error).__name__}.",
+            "The plan is damaged.",
         ) from error
     expected = skeleton.state_dict()
     mismatch = describe_mismatch(
@@ -173,9 +178,3 @@ def _own(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     shared = tensor.untyped_storage().nbytes() != tensor.nbytes
     return tensor.clone() if shared else tensor
-
-
-def _os_error_number(error: SafetensorError) -> int:
-    """safetensors passes on system errors as text: "... (os error 28)"."""
-    number = str(error).rpartition("(os error ")[2].rstrip(")")
-    return int(number) if number.isdigit() else 0

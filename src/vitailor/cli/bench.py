@@ -36,7 +36,8 @@ def bench(
         str, typer.Option("--dtype", metavar="NAME,NAME", help="float32, float16, bfloat16.")
     ] = "float32",
     threads: Annotated[
-        str | None, typer.Option("--threads", metavar="N,N", help="CPU threads; torch's own number.")
+        str | None,
+        typer.Option("--threads", metavar="N,N", help="CPU threads; torch's own number."),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", metavar="N", help="Rounds that are timed.")] = 30,
     warmup: Annotated[
@@ -62,9 +63,8 @@ def bench(
 
     where = setup.device_of(device)
 
-    from ..benchmarking import BenchResult
+    from ..benchmarking import BenchResult, check_settings
     from ..benchmarking import bench as measure
-    from ..benchmarking import check_settings
 
     for kind in dtypes:
         for count in counts:

@@ -1,3 +1,301 @@
-"""`vitailor demo`."""
+"""`vitailor compress`."""
+
+from __future__ import annotations
+
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
-def register(app: typer.Typer) -> None: ...
+
+from ..budget import Budget
+from ..errors import UsageError
+from . import options as o
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data import ImageSet
+    from ..preprocessing import Preprocessing
+    from ..shape import ViTShape
+
+EXAMPLE = o.example(
+    "vitailor compress vit_tiny_patch16_224 --method closed-form --keep 0.6 "
+    "--calibrate photos/train --evaluate photos/val -o small/",
+    "vitailor compress vit_tiny_patch16_224=w.pth --method token-merge --macs 750M "
+    "--calibrate photos/train --dry-run",
+)
+IMAGES = 512
+_BUDGET = "Budget (exactly one)"
+
+
+def compress(
+    model: o.Model,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", metavar="NAME", help="closed-form or token-merge.", show_default=False
+        ),
+    ],
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Images to calibrate on, without labels; token-merge needs none.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write the result to."),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="F",
+            help="Fraction of the MACs to keep; 1.0 changes nothing.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            "--macs",
+            metavar="N",
+            help="MACs: 750M, 1.2G, or a fraction.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            "--params",
+            metavar="N",
+            help="Parameters: 22M, or a fraction.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-ms",
+            metavar="MS",
+            help="Milliseconds on this device.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A setting of the method; may be repeated."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Settings of the method in JSON or TOML."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan and its cost; write nothing."),
+    ] = False,
+    overwrite: o.Overwrite = False,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            metavar="N",
+            help="Calibration images, drawn by seed; 512, or all if fewer.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate",
+            metavar="DATA",
+            help="Labeled images to measure top-1 on, before and after.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    class_map: o.ClassMap = None,
+    input_size: o.InputSize = None,
+    crop_pct: o.CropPct = None,
+    interpolation: o.Interpolation = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Cut a model to a budget and write it as a folder that evaluate, bench and load take."""
+    # Everything cheap first: a typing error must not cost a download or a calibration.
+    budget = make_budget(keep, macs, params, latency_ms)
+    transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
+    from . import settings as s
+    from . import setup
+    from .console import emit, progress
+
+    fields, sets = s.read_config(config), s.parse_sets(settings or [])
+    if output is None and not dry_run:
+        raise UsageError("There is no folder to write to.", "Name one with -o, or pass --dry-run.")
+    if output is not None and not dry_run:
+        setup.check_folder(output, overwrite)
+    if images is not None and images < 1:
+        raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
+    if class_map is not None and evaluate is None:
+        raise UsageError("--class-map goes with --evaluate.", "Leave it out, or pass --evaluate.")
+    setup.check_file("--class-map", class_map)
+    for data in (calibrate, evaluate):
+        if data is not None:
+            setup.check_data(data)
+    where = setup.device_of(device)
+
+    from ..methods import METHODS
+
+    if method not in METHODS:
+        raise UsageError(f"Unknown method '{method}'.", f"Choose {', '.join(METHODS)}.")
+    made = s.make_config(method, METHODS[method], fields, sets)
+    if calibrate is None and made.needs_images:
+        raise UsageError(f"{method} needs images.", "Name some with --calibrate.")
+
+    from ..artifact import save
+    from ..compression import compress as cut
+    from ..compression import plan_only
+    from ..data import open_images
+    from ..hosts import shape_of
+    from ..inspection import inspect
+    from ..preprocessing import resolve_preprocessing
+    from ..provenance import provenance_of
+
+    opened = setup.open_model(model, weights, num_classes)
+    dense = shape_of(opened.model)
+    made.check(dense, budget)
+    preprocessing = resolve_preprocessing(opened.model, **transform)
+    test = None
+    if evaluate is not None:
+        test = open_images(
+            evaluate,
+            preprocessing,
+            num_classes=dense.num_classes or None,
+            class_map=class_map,
+            labels_needed=True,
+        )
+    common: dict[str, Any] = {
+        "data": open_calibration(calibrate, preprocessing, images, seed) if calibrate else None,
+        "device": where,
+        "seed": seed,
+        "source": opened.source,
+        "preprocessing": preprocessing,
+    }
+    payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
+    if output is None or dry_run:
+        with progress("planning") as advance:
+            shape = plan_only(opened.model, made, budget, progress=advance, **common)
+        payload |= _before_and_after(dense, shape) | {"plan": inspect(shape)}
+        emit(payload, json, lambda out: _draw_plan(out, dense, shape))
+        return
+    with progress("compressing") as advance:
+        small = cut(opened.model, made, budget, evaluate=test, progress=advance, **common)
+    save(small, output, overwrite=overwrite)
+    known = provenance_of(small)
+    record = known.record if known is not None else {}
+    payload |= {"out": str(output), **_before_and_after(dense, shape_of(small))}
+    payload |= {name: record.get(name) for name in ("seconds", "peak_memory_mb")}
+    if "top1" in record:
+        payload["top1"] = record["top1"]
+    emit(payload, json, lambda out: _draw(out, payload, record.get("images")))
+
+
+def _before_and_after(before: ViTShape, after: ViTShape) -> dict[str, Any]:
+    return {
+        "macs": {"before": before.macs, "after": after.macs},
+        "params": {"before": before.params, "after": after.params},
+    }
+
+
+def _draw_plan(out: Console, dense: ViTShape, shape: ViTShape) -> None:
+    from ..inspection import table
+
+    out.print(table(shape))
+    _draw_costs(out, _before_and_after(dense, shape))
+    out.print("[dim]dry run: nothing was written")
+
+
+def _draw(out: Console, payload: dict[str, Any], images: int | None) -> None:
+    from ..reporting import signed
+
+    _draw_costs(out, payload)
+    top1 = payload.get("top1")
+    if top1 is None:
+        out.print("top-1   not measured (pass --evaluate DATA)")
+    else:
+        low, high = top1["interval"]
+        out.print(
+            f"top-1   {top1['before']:.2f}% > [bold]{top1['after']:.2f}%[/bold]  "
+            f"(change {signed(top1['after'] - top1['before'])}, paired 95% interval "
+            f"{signed(low)} to {signed(high)}, n = {images})"
+        )
+    out.print(f"wrote {payload['out']} after {payload['seconds']:.1f} s")
+
+
+def _draw_costs(out: Console, costs: dict[str, Any]) -> None:
+    from ..reporting import count
+
+    for name, label in (("macs", "MACs"), ("params", "params")):
+        before, after = costs[name]["before"], costs[name]["after"]
+        out.print(
+            f"{label:<7} {count(before)} > [bold]{count(after)}[/bold]  ({after / before:.1%} kept)"
+        )
+
+
+def open_calibration(
+    data: str, preprocessing: Preprocessing, images: int | None, seed: int
+) -> ImageSet:
+    """The calibration images: as many as asked for, else 512 or all if there are fewer."""
+    from ..data import open_images
+    from ..data.timm_datasets import PREFIXES
+
+    if images is None and data.startswith(PREFIXES):
+        images = IMAGES  # such sets are large, and some can only be read from the start
+    found = open_images(data, preprocessing, images=images, seed=seed, split="train")
+    return found if len(found) <= IMAGES or images is not None else found.draw(IMAGES, seed)
+
+
+def make_budget(
+    keep: float | None, macs: str | None, params: str | None, latency_ms: float | None
+) -> Budget:
+    """The budget that the options ask for.
+
+    Raises:
+        UsageError: unless exactly one is given and it is in range.
+    """
+    options = {"--keep": keep, "--macs": macs, "--params": params, "--latency-ms": latency_ms}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            f"Exactly one budget is needed, got {' and '.join(given) or 'none'}.",
+            "Give one of --keep 0.6, --macs 750M, --params 0.5, --latency-ms 5.",
+        )
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise UsageError(
+                f"--keep {keep:g} is not a fraction in (0, 1].",
+                "Write for example --keep 0.6; --macs takes an absolute number.",
+            )
+        return Budget(macs=keep)
+    if macs is not None:
+        return Budget(macs=o.amount("--macs", macs))
+    if params is not None:
+        return Budget(params=o.amount("--params", params))
+    if latency_ms is None or not 0 < latency_ms < inf:
+        raise UsageError(f"--latency-ms {latency_ms:g} is no time.", "Give milliseconds.")
+    return Budget(latency_ms=latency_ms)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(help=o.prose(compress), epilog=EXAMPLE)(compress)

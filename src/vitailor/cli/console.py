@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UsageError, VitailorError
@@ -91,11 +91,20 @@ def progress(what: str) -> Iterator[Progress | None]:
 
 @contextmanager
 def quiet_warnings(debug: bool) -> Iterator[None]:
-    """Hide libraries' warnings, which are for developers; `--debug` or `python -W` shows them."""
+    """Hide libraries' warnings, which are for developers, and print vitailor's own in one line.
+
+    `--debug` or `python -W` shows all of them.
+    """
     with warnings.catch_warnings():
         if not debug and not sys.warnoptions:
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", category=UserWarning, module=r"vitailor\b")
+            warnings.showwarning = _warn
         yield
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {_line(message)}", file=sys.stderr)  # noqa: T201
 
 
 def complain(error: BaseException, *, as_json: bool, debug: bool) -> int:
@@ -103,18 +112,25 @@ def complain(error: BaseException, *, as_json: bool, debug: bool) -> int:
     kind, message, fix, code = _explain(error)
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    if isinstance(error, BrokenPipeError):
-        # Nobody reads stdout any more; Python would complain once again when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if as_json and not isinstance(error, BrokenPipeError):
+    told = False
+    if as_json:
         payload = {"error": {"type": kind, "message": message, "fix": fix}}
-        try:
+        with suppress(OSError):  # stdout itself may be what fails
             emit(payload, True, lambda _: None)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    else:
+            told = True
+    if not told:
         print(f"error: {message} {fix}".rstrip(), file=sys.stderr)  # noqa: T201
+    _give_up_on_broken_stdout()
     return code
+
+
+def _give_up_on_broken_stdout() -> None:
+    """Python would complain once more, when it closes a stdout that takes no more bytes."""
+    if sys.__stdout__ is not None:
+        try:
+            sys.__stdout__.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 def _explain(error: BaseException) -> tuple[str, str, str, int]:
@@ -129,20 +145,27 @@ def _explain(error: BaseException) -> tuple[str, str, str, int]:
     if hasattr(error, "format_message"):  # typer's own, which differ in class by version
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "vitailor"
-        return "UsageError", _line(error.format_message()), f"See '{command} --help'.", 2
+        message = _sentence(error.format_message())
+        return "UsageError", message, f"See '{command} --help'.", 2
     if isinstance(error, BrokenPipeError):
         return kind, "The output was closed before all was written.", "", 1
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return "OutOfMemoryError", f"Memory ran out: {text}", "Use a smaller model or batch.", 1
+        message = _sentence(f"Memory ran out: {text}".rstrip(": "))
+        return "OutOfMemoryError", message, "Use a smaller model or batch.", 1
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return kind, f"{where}{error.strerror}.", _mend(error), 1
     fix = "This is a bug in vitailor or a library; run again with --debug for the traceback."
-    return kind, f"{kind}: {text}" if text else f"{kind}.", fix, 1
+    return kind, _sentence(f"{kind}: {text}".rstrip(": ")), fix, 1
 
 
 def _line(text: object) -> str:
     return " ".join(str(text).split())
+
+
+def _sentence(text: str) -> str:
+    line = _line(text)
+    return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
 def _mend(error: OSError) -> str:

@@ -30,7 +30,9 @@ Weights = Annotated[
 ]
 NumClasses = Annotated[
     int | None,
-    typer.Option("--num-classes", metavar="N", help="Outputs of the head; the weights' by default."),
+    typer.Option(
+        "--num-classes", metavar="N", help="Outputs of the head; the weights' by default."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 

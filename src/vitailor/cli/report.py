@@ -15,9 +15,7 @@ EXAMPLE = o.example("vitailor report small-0.6/ small-0.4/ -o report.html")
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="DIR", help="Folders that compress wrote.", show_default=False
-        ),
+        typer.Argument(metavar="DIR", help="Folders that compress wrote.", show_default=False),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")

@@ -7,12 +7,13 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UsageError
 
+Config = TypeVar("Config", bound=BaseModel)
 _WORDS = {"True": True, "False": False, "None": None}
 
 
@@ -60,8 +61,8 @@ def parse_sets(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def make_config(
-    name: str, kind: type[BaseModel], config: dict[str, Any], sets: dict[str, str]
-) -> BaseModel:
+    name: str, kind: type[Config], config: dict[str, Any], sets: dict[str, str]
+) -> Config:
     """The method's configuration; `--set` wins over the file.
 
     Raises:
@@ -85,18 +86,17 @@ def _value(kind: type[BaseModel], field: str, text: str) -> Any:
         value = _WORDS[text] if text in _WORDS else json.loads(text)
     except ValueError:
         return text
-    try:
-        kind.model_validate_json(json.dumps({field: value}))
-    except ValidationError as error:
-        wrong = [e for e in error.errors() if e["loc"][:1] == (field,)]
-        # A field of text whose value looks like a number.
-        return text if wrong and wrong[0]["type"] == "string_type" else value
-    except UsageError:
-        return value
+    # A field of text may be given what looks like a number; so the text is tried as well.
+    for candidate in (value, text):
+        try:
+            kind.model_validate_json(json.dumps({field: candidate}))
+        except (ValidationError, UsageError):
+            continue
+        return candidate
     return value
 
 
-def _build(name: str, kind: type[BaseModel], values: dict[str, Any]) -> BaseModel:
+def _build(name: str, kind: type[Config], values: dict[str, Any]) -> Config:
     from ..shape import describe_validation_error
 
     fix = "Correct --set or --config."

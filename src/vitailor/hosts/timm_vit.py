@@ -93,7 +93,9 @@ class TimmViT:
             out_bias=attn.proj.bias is not None,
             mlp_bias=mlp.fc1.bias is not None,
             qk_norm=_norm_params_per_dim(attn),
-            matching=model.blocks.matching if isinstance(model.blocks, layers.BlockStack) else "ward",
+            matching=model.blocks.matching
+            if isinstance(model.blocks, layers.BlockStack)
+            else "ward",
             blocks=tuple(blocks),
         )
 
@@ -121,8 +123,9 @@ class TimmViT:
                     act_layer=ACTIVATIONS[act],
                 )
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PlanError(
-                f"timm cannot build {kind} from the stored arguments: {error}",
+                f"timm cannot build {kind} from the stored arguments: {reason}",
                 "The artifact is damaged or from a newer version.",
             ) from error
         model = cast(nn.Module, model)
@@ -486,7 +489,10 @@ def _dense(projection: layers.Projection) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def _fill(
-    projection: layers.Projection, weight: Tensor, bias: Tensor | None, features: Tensor | None = None
+    projection: layers.Projection,
+    weight: Tensor,
+    bias: Tensor | None,
+    features: Tensor | None = None,
 ) -> None:
     if isinstance(projection, layers.LowRankLinear):
         left, values, right = torch.linalg.svd(weight, full_matrices=False)

@@ -1,0 +1,251 @@
+"""`compress`: model in, smaller model out. The one verb over every method."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .artifact import weights_hash
+from .benchmarking import bench, conditions
+from .budget import Budget, cost
+from .data import Data, ImageSet, open_images
+from .errors import BudgetError, DataError, UsageError
+from .evaluation import evaluate as measure_accuracy
+from .evaluation import paired_difference
+from .hosts import shape_of
+from .methods import Method, Task
+from .plan import Plan
+from .preprocessing import Preprocessing, resolve_preprocessing
+from .provenance import Provenance, Step, provenance_of
+from .shape import ViTShape
+
+
+def compress(
+    model: nn.Module,
+    method: Method,
+    budget: Budget,
+    *,
+    data: Data | None = None,
+    evaluate: Data | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    source: str = "",
+    preprocessing: Preprocessing | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Cut a trained Vision Transformer to a budget.
+
+    Args:
+        model: any supported model; left exactly as it is, and so are random state and torch's flags.
+        method: what to do, e.g. `ClosedForm()`.
+        budget: never exceeded, and met within one step of the smallest unit.
+        data: calibration images: a path, a dataset, or an iterable of tensors or (images, labels);
+            labels are ignored unless the method asks for them.
+        evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
+        device: where to work; the model's own device by default. The result is on the model's device.
+        seed: of everything random. The same seed and thread count give the same plan.
+        source: how the user names the model, for the record.
+        preprocessing: of images that are given as files; the model's own by default.
+        progress: called with how much is done and how much there is.
+
+    Returns:
+        A plain module of the host's class in eval mode, with its provenance as `.vitailor`.
+
+    Raises:
+        UsageError, UnsupportedModelError, BudgetError, DataError: before any work starts.
+    """
+    started = perf_counter()
+    preprocessing = preprocessing or resolve_preprocessing(model)
+    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    test = _open_test(evaluate, preprocessing, task.shape)
+    with _undisturbed(seed):
+        outcome = method.run(task)
+        small = outcome.model.eval()
+        _check_budget(budget, task.shape, shape_of(small))
+        seconds = perf_counter() - started
+        accuracy = _accuracies(task.model, small, test)
+    small = small.to(next(model.parameters()).device)
+    step = _step(model, method, budget, outcome.plan, seed, source)
+    earlier = provenance_of(model)
+    after = shape_of(small)
+    record = {
+        "method": method.name,
+        "budget": str(budget),
+        "macs": {"before": task.shape.macs, "after": after.macs},
+        "params": {"before": task.shape.params, "after": after.params},
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "shape_before": task.shape.model_dump(mode="json"),
+        "calibration": _describe(task.data),
+        "conditions": conditions(task.device) | {"threads": torch.get_num_threads()},
+        "facts": outcome.facts,
+        **accuracy,
+    }
+    # nn.Module would take no notice of a plain attribute, and deepcopy and fine-tuning carry it along.
+    small.vitailor = Provenance(  # type: ignore[assignment]
+        shape=after,
+        steps=(*(earlier.steps if earlier else ()), step),
+        record=record,
+        preprocessing=preprocessing,
+        class_names=earlier.class_names if earlier else None,
+    )
+    return small
+
+
+def plan_only(
+    model: nn.Module,
+    method: Method,
+    budget: Budget,
+    *,
+    data: Data | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    source: str = "",
+    preprocessing: Preprocessing | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ViTShape:
+    """The sizes that `compress` would cut to, found in the same way; arguments as there."""
+    preprocessing = preprocessing or resolve_preprocessing(model)
+    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    with _undisturbed(seed):
+        return method.plan(task).result(task.shape)
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+# -- before work starts --------------------------------------------------------------------------
+
+
+def _prepare(
+    model: nn.Module,
+    method: Method,
+    budget: Budget,
+    data: Data | None,
+    device: str | torch.device | None,
+    seed: int,
+    preprocessing: Preprocessing,
+    progress: Callable[[int, int], None] | None,
+) -> Task:
+    shape = shape_of(model)
+    method.check(shape, budget)
+    images: ImageSet | None = None
+    if data is not None:
+        images = open_images(data, preprocessing, seed=seed, split="train")
+    elif method.needs_images:
+        raise UsageError(
+            f"The method '{method.name}' needs calibration images.", "Pass data=, or --calibrate."
+        )
+    if method.needs_labels and not (images is not None and images.labeled):
+        raise DataError(
+            f"The method '{method.name}' with these settings needs labels, but the calibration images "
+            "have none.",
+            "Put them in class folders, or choose settings that need no labels.",
+        )
+    home = next(model.parameters()).device
+    target = torch.device(device) if device is not None else home
+    # The caller's model is never moved: work on another device happens on a copy.
+    working = model if target == home and not model.training else copy.deepcopy(model).to(target)
+    return Task(
+        model=working.eval(),
+        shape=shape,
+        budget=budget,
+        data=images,
+        device=target,
+        stopwatch=lambda models: _stopwatch(models, target),
+        seed=seed,
+        progress=progress or (lambda done, total: None),
+    )
+
+
+def _open_test(
+    evaluate: Data | None, preprocessing: Preprocessing, shape: ViTShape
+) -> ImageSet | None:
+    if evaluate is None:
+        return None
+    classes = shape.num_classes or None
+    return open_images(evaluate, preprocessing, num_classes=classes, labels_needed=True)
+
+
+def _stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
+    named = [(str(i), model) for i, model in enumerate(models)]
+    rows = bench(named, batch_sizes=(1,), device=device, runs=20, warmup=3).models
+    return [row.latency_ms.median for row in rows]
+
+
+@contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    """Random state seeded inside and as before outside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# -- after it ------------------------------------------------------------------------------------
+
+
+def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:
+    """The promise, checked on what was really built."""
+    if budget.metric in ("macs", "params"):
+        spent, limit = cost(after, budget.metric), budget.limit(before)
+        if spent > limit:
+            raise BudgetError(f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}.")
+
+
+def _accuracies(dense: nn.Module, small: nn.Module, test: ImageSet | None) -> dict[str, Any]:
+    if test is None:
+        return {}
+    before, after = measure_accuracy(dense, test), measure_accuracy(small, test)
+    _, low, high = paired_difference(after, before)
+    return {
+        "top1": {"before": before.top1, "after": after.top1, "interval": [low, high]},
+        "top5": {"before": before.top5, "after": after.top5},
+        "images": after.images,
+        "evaluated_on": test.source,
+        "evaluated_list_hash": test.list_hash,
+    }
+
+
+def _describe(images: ImageSet | None) -> dict[str, Any]:
+    if images is None:
+        return {"images": 0}
+    return {
+        "source": images.source,
+        "images": images.num_images,
+        "list_hash": images.list_hash,
+    }
+
+
+def _step(
+    model: nn.Module, method: Method, budget: Budget, plan: Plan, seed: int, source: str
+) -> Step:
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    return Step(
+        source=source or str(known),
+        weights_hash=weights_hash(model),
+        method=method.name,
+        settings=method.model_dump(mode="json"),
+        budget=str(budget),
+        seed=seed,
+        versions={
+            "vitailor": __version__,
+            "torch": version("torch"),
+            "timm": version("timm"),
+            "python": platform.python_version(),
+        },
+        plan=plan,
+    )

@@ -1,0 +1,148 @@
+"""What all methods share: typed settings in, a smaller model and its plan out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from ..budget import Budget, cost
+from ..calibrate import Batches
+from ..data import ImageSet, loader
+from ..errors import BudgetError, DataError, UsageError
+from ..plan import Plan
+from ..shape import ViTShape, describe_validation_error
+
+#: Small batches stay in a CPU's cache and are fastest there; a GPU is far from full either way.
+BATCH_SIZE = 16
+#: Called with how much is done and how much there is in all.
+Progress = Callable[[int, int], None]
+#: Measures latency in milliseconds of several models side by side, the dense one first.
+Stopwatch = Callable[[list[nn.Module]], list[float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given.
+
+    Attributes:
+        model: the dense model, in eval mode on the device to work on; not to be changed.
+        shape: its shape.
+        budget: never to be exceeded.
+        data: calibration images; None where the method needs none and none were given.
+        device: where the model is.
+        stopwatch: for latency budgets.
+        seed: of everything random.
+        progress: tells how far the work is.
+    """
+
+    model: nn.Module
+    shape: ViTShape
+    budget: Budget
+    data: ImageSet | None
+    device: torch.device
+    stopwatch: Stopwatch
+    seed: int
+    progress: Progress
+
+    def batches(self, limit: int | None = None) -> Batches:
+        """Calibration images in batches: all, or at most `limit`, drawn by seed."""
+        if self.data is None:
+            raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
+        images = self.data
+        if limit is not None and limit < len(images):
+            images = images.draw(limit, self.seed)
+        return loader(images, batch_size=BATCH_SIZE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method gives back: the smaller model, the plan relative to the dense one, and facts worth
+    recording."""
+
+    model: nn.Module
+    plan: Plan
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(BaseModel):
+    """Settings of a method: frozen, keyword-only; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    needs_images: ClassVar[bool] = True
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            known = ", ".join(type(self).model_fields)
+            raise UsageError(
+                describe_validation_error(type(self).__name__, error), f"Settings: {known}."
+            ) from None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the calibration images must have labels."""
+        return False
+
+    def check(self, shape: ViTShape, budget: Budget) -> None:
+        """Refuse what cannot work before any work starts; nothing to refuse by default."""
+        return
+
+    @abstractmethod
+    def plan(self, task: Task) -> Plan:
+        """What would be cut, found without building the result."""
+
+    @abstractmethod
+    def run(self, task: Task) -> Outcome:
+        """Compress."""
+
+
+def within(
+    budget: Budget,
+    dense: ViTShape,
+    allocate: Callable[[str, int], ViTShape],
+    milliseconds: Callable[[list[ViTShape]], list[float]],
+) -> ViTShape:
+    """The sizes that an allocator finds for a budget of any kind.
+
+    A latency budget is met by bisecting over MACs, measuring each candidate on the device at hand
+    beside the dense model.
+
+    Args:
+        allocate: (metric, limit) -> shape.
+        milliseconds: latencies of models of these shapes, measured side by side.
+
+    Raises:
+        BudgetError: when even a very small model misses the budget.
+    """
+    if budget.metric in ("macs", "params"):
+        return allocate(budget.metric, budget.limit(dense))
+    best: ViTShape | None = None
+    low, high = 0.02, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        try:
+            shape = allocate("macs", int(middle * cost(dense, "macs")))
+        except BudgetError:
+            low = middle
+            continue
+        full, got = milliseconds([dense, shape])
+        limit = budget.value if budget.metric == "latency_ms" else budget.value * full
+        if got <= limit:
+            best, low = shape, middle
+        else:
+            high = middle
+    if best is None:
+        raise BudgetError(
+            f"No plan found runs within {budget}: the dense model takes {full:.2f} ms here.",
+            "Ask for more time, or allow more dimensions to be cut.",
+        )
+    return best

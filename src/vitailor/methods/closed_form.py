@@ -1,0 +1,185 @@
+"""Training-free compression with closed-form compensation; the default.
+
+1. A sweep of unlabeled images through the dense model collects second moments.
+2. Attention is rotated into bases whose leading dims matter most; neurons and heads are ordered by
+   backward elimination. Now any size of any dimension is a selection, and compensation is a regression.
+3. The harm of cutting each dimension of each block is measured at the outputs on a few images, and the
+   budget is shared out where it harms least, over all dimensions at once.
+4. The model is cut, and a second sweep compensates block by block on the inputs each really gets.
+5. Optionally, minutes of label-free distillation on the same images.
+
+The same code makes the usual baselines: other criteria, no compensation, uniform cuts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from ..allocate import allocate_marginal, allocate_uniform
+from ..bases import rotate
+from ..budget import Budget
+from ..calibrate import BlockMoments, dense_sweep
+from ..criteria import Criterion, Order, magnitude, output_error, variance
+from ..errors import UsageError
+from ..gradients import taylor
+from ..harm import HarmModel, measure
+from ..hosts import host_of
+from ..orders import plan_for
+from ..plan import Plan
+from ..reconstruct import sequential_sweep
+from ..refine import distil
+from ..shape import ViTShape, revise
+from ..simulate import Simulator
+from ..sizes import Dimension, Steps
+from ..surgery import apply
+from .base import Method, Outcome, Task, within
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The model to cut, in sorted bases where the criterion asks for them, and how to cut it."""
+
+    model: nn.Module
+    plan: Plan
+    facts: dict[str, Any]
+
+
+class ClosedForm(Method):
+    """Cut tokens, heads, QK and V dims and MLP neurons to one budget, without labels or training.
+
+    Args:
+        criterion: which units go first: "output_error" after compensation, or the baselines
+            "magnitude", "variance" and "taylor".
+        compensation: regress what was removed on what was kept.
+        allocation: "marginal" cuts where it harms the outputs least, "uniform" everywhere alike.
+        dimensions: what may be cut. None means all; for uniform cuts all but whole heads, since these
+            would be cut twice.
+        matching: how tokens are paired for merging, see `tokens.merge`.
+        ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
+        harm_images: images on which the harm of cuts is measured.
+        taylor_labels: "self" takes the model's own predictions as labels, "given" the data's.
+        refine: epochs of label-free distillation on the calibration images afterwards; 0 for none.
+        refine_lr: its learning rate.
+    """
+
+    name: ClassVar[str] = "closed-form"
+
+    criterion: Criterion = "output_error"
+    compensation: bool = True
+    allocation: Literal["marginal", "uniform"] = "marginal"
+    dimensions: Annotated[tuple[Dimension, ...], Field(min_length=1)] | None = None
+    matching: Literal["ward", "cosine"] = "ward"
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    harm_images: Annotated[int, Field(ge=1)] = 64
+    taylor_labels: Literal["self", "given"] = "self"
+    refine: Annotated[int, Field(ge=0)] = 0
+    refine_lr: Annotated[float, Field(gt=0)] = 1e-5
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.criterion == "taylor" and self.taylor_labels == "given"
+
+    def check(self, shape: ViTShape, budget: Budget) -> None:
+        if budget.metric == "params" and set(self._dimensions(shape)) == {"tokens"}:
+            raise UsageError(
+                "Merging tokens removes no parameters.",
+                "Allow other dimensions, or give a budget in MACs.",
+            )
+
+    def plan(self, task: Task) -> Plan:
+        return self._prepare(task).plan
+
+    def run(self, task: Task) -> Outcome:
+        stages = 4 + bool(self.refine)
+        ready = self._prepare(task)
+        task.progress(3, stages)
+        small = apply(ready.model, ready.plan)
+        if self.compensation:
+            sequential_sweep(ready.model, small, ready.plan, task.batches(), self.ridge)
+        task.progress(4, stages)
+        facts = dict(ready.facts)
+        if self.refine:
+            facts["refine"] = distil(
+                task.model, small, task.batches(), self.refine, self.refine_lr, task.seed
+            )
+            task.progress(stages, stages)
+        return Outcome(small, ready.plan, facts)
+
+    def _prepare(self, task: Task) -> _Prepared:
+        """Steps 1 to 3: everything up to the plan."""
+        stages = 4 + bool(self.refine)
+        task.progress(0, stages)
+        shape = revise(task.shape, matching=self.matching)
+        moments = dense_sweep(task.model, task.batches())
+        model = task.model
+        if self.criterion == "output_error":
+            model, moments = rotate(task.model, moments)
+        orders = self._orders(task, model, moments)
+        task.progress(1, stages)
+        target, facts = self._allocate(task, shape, model, moments, orders)
+        task.progress(2, stages)
+        return _Prepared(model, plan_for(shape, target, orders), facts)
+
+    def _dimensions(self, shape: ViTShape) -> tuple[Dimension, ...]:
+        wanted: tuple[Dimension, ...] = self.dimensions or (
+            ("tokens", "qk", "v", "neurons", "heads")
+            if self.allocation == "marginal"
+            else ("tokens", "qk", "v", "neurons")
+        )
+        # Normalised queries and keys keep their dims: a cut would change what is normalised.
+        return tuple(d for d in wanted if not (d == "qk" and shape.qk_norm))
+
+    def _orders(self, task: Task, model: nn.Module, moments: list[BlockMoments]) -> list[Order]:
+        host = host_of(model)
+        weights = [host.read(host.block(model, i)) for i in range(task.shape.depth)]
+        if self.criterion == "output_error":
+            found = zip(weights, moments, strict=True)
+            return [output_error(tensors, own, self.ridge) for tensors, own in found]
+        if self.criterion == "magnitude":
+            return [magnitude(tensors).order() for tensors in weights]
+        if self.criterion == "variance":
+            return [variance(own).order() for own in moments]
+        return [s.order() for s in taylor(model, task.batches(), self.taylor_labels == "given")]
+
+    def _allocate(
+        self,
+        task: Task,
+        shape: ViTShape,
+        model: nn.Module,
+        moments: list[BlockMoments],
+        orders: list[Order],
+    ) -> tuple[ViTShape, dict[str, Any]]:
+        dimensions, steps = self._dimensions(shape), Steps.for_shape(shape)
+        facts: dict[str, Any] = {}
+        harm: HarmModel | None = None
+        if self.allocation == "marginal" and not _keeps_all(task.budget, shape):
+            simulator = Simulator(
+                model,
+                moments,
+                orders,
+                task.batches(self.harm_images),
+                self.ridge if self.compensation else None,
+                self.matching,
+            )
+            harm = measure(simulator, dimensions, steps)
+            facts["harm_evaluations"] = simulator.evaluations
+
+        def allocate(metric: str, limit: int) -> ViTShape:
+            if harm is None:
+                return allocate_uniform(shape, metric, limit, dimensions, steps)
+            return allocate_marginal(harm, metric, limit, dimensions, steps)
+
+        def milliseconds(shapes: list[ViTShape]) -> list[float]:
+            return task.stopwatch([apply(model, plan_for(shape, s, orders)) for s in shapes])
+
+        return within(task.budget, shape, allocate, milliseconds), facts
+
+
+def _keeps_all(budget: Budget, shape: ViTShape) -> bool:
+    return budget.metric in ("macs", "params") and budget.limit(shape) >= (
+        shape.macs if budget.metric == "macs" else shape.params
+    )

@@ -1,0 +1,57 @@
+"""Token merging alone, with the same number merged in every block (ToMe, arXiv 2210.09461).
+
+Needs no images: nothing is measured and no weight changes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from ..allocate import allocate_uniform
+from ..budget import Budget
+from ..errors import UsageError
+from ..plan import BlockPlan, Plan
+from ..shape import ViTShape, revise
+from ..sizes import Steps
+from ..surgery import apply
+from .base import Method, Outcome, Task, within
+
+
+class TokenMerge(Method):
+    """Merge a constant number of tokens in every block.
+
+    Args:
+        matching: "cosine" pairs tokens as ToMe does, "ward" also weighs how many each stands for.
+    """
+
+    name: ClassVar[str] = "token-merge"
+    needs_images: ClassVar[bool] = False
+
+    matching: Literal["cosine", "ward"] = "cosine"
+
+    def check(self, shape: ViTShape, budget: Budget) -> None:
+        if budget.metric == "params":
+            raise UsageError(
+                "Merging tokens removes no parameters.", "Give a budget in MACs or latency."
+            )
+
+    def plan(self, task: Task) -> Plan:
+        dense = revise(task.shape, matching=self.matching)
+        steps = Steps.for_shape(dense)
+
+        def plan_of(shape: ViTShape) -> Plan:
+            counts = [b.num_tokens_out if b.num_tokens_out < b.num_tokens_in else None for b in shape.blocks]
+            blocks = tuple(BlockPlan(num_tokens_out=count) for count in counts)
+            return Plan(blocks=blocks, matching=self.matching)
+
+        def milliseconds(shapes: list[ViTShape]) -> list[float]:
+            return task.stopwatch([apply(task.model, plan_of(shape)) for shape in shapes])
+
+        def allocate(metric: str, limit: int) -> ViTShape:
+            return allocate_uniform(dense, metric, limit, ("tokens",), steps)
+
+        return plan_of(within(task.budget, dense, allocate, milliseconds))
+
+    def run(self, task: Task) -> Outcome:
+        plan = self.plan(task)
+        return Outcome(apply(task.model, plan), plan)

@@ -1,0 +1,752 @@
+"""The command line as users and scripts meet it: options, output, exit codes, errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from vitailor import __version__
+from vitailor.artifact import save
+from vitailor.budget import Budget
+from vitailor.cli import main
+from vitailor.cli.compress import make_budget
+from vitailor.cli.options import amount
+from vitailor.cli.settings import make_config, parse_sets, read_config
+from vitailor.errors import UsageError
+from vitailor.hosts import shape_of
+
+VERBS = ("demo", "compress", "evaluate", "bench", "inspect", "report")
+HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "scipy", "plotly", "jinja2"}
+PREPROCESSING = ("--input-size", "--crop-pct", "--interpolation", "--mean", "--std")
+COMMON = ("--json", "--debug")
+RUN = ("--seed", "--device", *COMMON)
+MODEL = ("--weights", "--num-classes")
+OPTIONS = {
+    "demo": ("--output", "--overwrite", *RUN),
+    "compress": (
+        *("--method", "--keep", "--macs", "--params", "--latency-ms", "--calibrate", "--images"),
+        *("--evaluate", "--set", "--config", "--dry-run", "--output", "--overwrite"),
+        *("--class-map", *MODEL, *PREPROCESSING, *RUN),
+    ),
+    "evaluate": ("--images", "--class-map", *MODEL, *PREPROCESSING, *RUN),
+    "bench": ("--batch-size", "--dtype", "--threads", *MODEL, *RUN),
+    "inspect": (*MODEL, *COMMON),
+    "report": ("--output", "--overwrite", *COMMON),
+}
+
+
+def run_process(*args: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "vitailor.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        code = main([str(arg) for arg in args])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run) -> Callable[..., str]:
+    """The one line that a command is refused with, which must be the same under --json."""
+
+    def call(code: int, *args: object) -> str:
+        found, out, err = run(*args)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        found, out, quiet = run(*args, "--json")
+        assert (found, quiet) == (code, "")
+        payload = json.loads(out)
+        assert set(payload) == {"error"}
+        assert set(payload["error"]) == {"type", "message", "fix"}
+        whole = f"error: {payload['error']['message']} {payload['error']['fix']}"
+        assert whole.rstrip() == err.rstrip()
+        return err
+
+    return call
+
+
+@pytest.fixture
+def artifact(make_vit, tmp_path) -> Path:
+    """An artifact of a tiny model with ten classes."""
+    return save(make_vit(num_classes=10), tmp_path / "tiny")
+
+
+# -- lean, and the same for every verb -----------------------------------------------------------
+
+
+def test_help_is_lean():
+    code = (
+        "import sys; from vitailor.cli import main; code = main(['--help']);"
+        "print(*sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert HEAVY.isdisjoint(done.stderr.split())
+    assert min(seconds) < 1
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb):
+    wide = {**os.environ, "COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+    done = run_process(verb, "--help", env=wide)
+    assert done.returncode == 0, done.stderr
+    assert "Example" in done.stdout
+    assert f"vitailor {verb}" in done.stdout.partition("Example")[2]
+    for option in OPTIONS[verb]:
+        assert f"{option} " in done.stdout
+
+
+def test_no_verb_that_does_not_work_yet(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in ("train", "search", "export"):
+        assert f" {verb} " not in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"vitailor {__version__}\n", "")
+
+
+def test_without_a_verb_there_is_help(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert "inspect" in out
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["prune"], "prune"),
+        (["inspect"], "MODEL"),
+        (["inspect", "a", "b"], "b"),
+        (["inspect", "a", "--colour"], "--colour"),
+        (["inspect", "a", "--num-classes", "ten"], "integer. See 'vitailor inspect --help'."),
+        (["--colour"], "--colour"),
+        (["evaluate", "m", "digits", "--input-size", "big"], "--input-size 'big'"),
+        (["evaluate", "m", "digits", "--mean", "a,b"], "--mean 'a,b'"),
+        (["evaluate", "m", "digits", "--device", "abacus"], "abacus"),
+        (["evaluate", "m", "digits", "--device", "cuda:77"], "cuda:77"),
+        (["bench", "m", "--batch-size", "1;8"], "--batch-size '1;8'"),
+        (["bench", "m", "--batch-size", "0"], "[0]"),
+        (["bench", "m", "--dtype", "float32,int8"], "int8"),
+        (["bench", "m", "--threads", "0"], "0 threads"),
+        (["bench", "m", "--runs", "0"], "0 runs"),
+        (["inspect", "m", "--num-classes", "0"], "--num-classes 0"),
+    ],
+)
+def test_usage_errors(refused, args, named):
+    assert named in refused(2, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["evaluate", "m", "nowhere/at/all"], "nowhere/at/all"),
+        (["evaluate", "m", "digits", "--class-map", "no-map"], "no-map"),
+        (["inspect", "m", "--weights", "no-weights"], "no-weights"),
+        (["inspect", "vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
+        (["inspect", "resnet18"], "resnet18"),
+        (["inspect", "./nowhere"], "nowhere"),
+        (["report", "nowhere", "-o", "never.html"], "nowhere"),
+    ],
+)
+def test_failures(refused, args, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "resnet18" in args:
+        named = "ResNet"
+    assert named in refused(1, *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_page_is_refused_and_replaced_on_request(run, refused, artifact, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("mine", "utf-8")
+    assert "--overwrite" in refused(1, "report", artifact, "-o", page)
+    assert page.read_text("utf-8") == "mine"
+    code, out, _ = run("report", artifact, "-o", page, "--overwrite", "--json")
+    assert (code, json.loads(out)) == (0, {"file": str(page)})
+    assert page.read_text("utf-8") != "mine"
+
+
+def fail_with(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("a\nb"), 1, ["ValueError: a b", "bug", "--debug"]),
+        (AssertionError(), 1, ["AssertionError", "bug"]),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, ["x: No space", "Free some"]),
+        (PermissionError(errno.EACCES, "Permission denied", "y"), 1, ["y: Perm", "permissions"]),
+        (MemoryError(), 1, ["Memory ran out"]),
+        (OutOfMemoryError("CUDA out of memory"), 1, ["Memory ran out", "batch"]),
+        (KeyboardInterrupt(), 130, ["Interrupted"]),
+        (RecursionError("deep"), 1, ["RecursionError: deep"]),
+    ],
+)
+def test_unexpected_errors_are_one_line(refused, artifact, monkeypatch, error, code, words):
+    monkeypatch.setattr("vitailor.inspection.inspect", fail_with(error))
+    line = refused(code, "inspect", artifact)
+    for word in words:
+        assert word in line
+    assert "Traceback" not in line
+
+
+def test_debug_shows_the_traceback_once(run, artifact, monkeypatch):
+    monkeypatch.setattr("vitailor.inspection.inspect", fail_with(ValueError("odd")))
+    code, out, err = run("inspect", artifact, "--debug")
+    assert (code, out) == (1, "")
+    assert err.count("Traceback") == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    code, out, err = run("inspect", artifact, "--debug", "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["type"] == "ValueError"
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_leaves_early(artifact, flags):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "vitailor.cli", "inspect", str(artifact), *flags],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_a_full_disk_under_the_output(artifact):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vitailor.cli", "inspect", str(artifact), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# -- output --------------------------------------------------------------------------------------
+
+
+def test_only_the_object_reaches_stdout(artifact):
+    noise = (
+        "import sys, warnings, vitailor.inspection as i\n"
+        "real = i.inspect\n"
+        "def noisy(model):\n"
+        "    print('noise'); warnings.warn('old'); return real(model)\n"
+        "i.inspect = noisy\n"
+        "from vitailor.cli import main\n"
+        f"sys.exit(main(['inspect', {str(artifact)!r}, '--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", noise], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "macs" in json.loads(done.stdout)
+    assert done.stderr == "noise\n"
+
+
+def test_inspect(run, artifact, make_vit):
+    code, out, _ = run("inspect", artifact, "--json")
+    found = json.loads(out)
+    shape = shape_of(make_vit(num_classes=10))
+    assert code == 0
+    assert set(found) == {"macs", "params", "embed_dim", "num_prefix_tokens", "blocks"}
+    assert (found["macs"], found["params"]) == (shape.macs, shape.params)
+    assert len(found["blocks"]) == shape.depth
+    code, out, err = run("inspect", artifact)
+    assert (code, err) == (0, "")
+    assert f"{shape.macs:,}" in out
+
+
+def test_inspect_a_timm_name_without_download(run, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fail_with(AssertionError("net")))
+    code, out, _ = run("inspect", "vit_tiny_patch16_224", "--json")
+    assert code == 0
+    assert json.loads(out)["params"] == 5_717_416
+
+
+def test_evaluate(run, artifact):
+    code, out, _ = run("evaluate", artifact, "digits", "--images", 40, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) == {"top1", "top5", "images", "top1_interval"}
+    assert found["images"] == 40
+    low, high = found["top1_interval"]
+    assert 0 <= low <= found["top1"] <= high <= 100
+    code, out, err = run("evaluate", artifact, "digits", "--images", 40)
+    assert (code, err) == (0, "")
+    assert f"{found['top1']:.2f}%" in out
+    assert "n = 40" in out
+    assert f"{low:.2f} to {high:.2f}" in out
+
+
+def test_evaluate_passes_its_options_on(run, artifact, monkeypatch):
+    seen = {}
+
+    def spy(model: object, data: object, **settings: object) -> None:
+        seen.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitailor.evaluation.evaluate", spy)
+    options = ["--crop-pct", "0.5", "--interpolation", "bilinear", "--mean", "0.1,0.2,0.3"]
+    more = ["--std", "0.4", "--seed", "7", "--batch-size", "3", "--device", "cpu"]
+    code, _, _ = run("evaluate", artifact, "digits", "--images", 40, *options, *more)
+    assert code == 130
+    preprocessing = seen["preprocessing"]
+    assert preprocessing.crop_pct == 0.5
+    assert preprocessing.interpolation == "bilinear"
+    assert preprocessing.mean == (0.1, 0.2, 0.3)
+    assert preprocessing.std == (0.4, 0.4, 0.4)
+    assert (seen["images"], seen["seed"], seen["batch_size"]) == (40, 7, 3)
+    assert seen["device"] == "cpu"
+
+
+def test_bench_has_a_row_for_each_combination(run, artifact):
+    options = ["--batch-size", "1,2", "--dtype", "float32,bfloat16", "--runs", 1, "--warmup", 0]
+    code, out, _ = run("bench", artifact, artifact, *options, "--threads", "1", "--json")
+    assert code == 0
+    found = json.loads(out)
+    rows = [(r["model"], r["batch_size"], r["dtype"]) for r in found["models"]]
+    name = str(artifact)
+    assert sorted(rows) == sorted(
+        [(name, b, d) for b in (1, 2) for d in ("float32", "bfloat16") for _ in range(2)]
+    )
+    assert {r["threads"] for r in found["models"]} == {1}
+    code, out, err = run("bench", artifact, "--batch-size", "1", "--runs", 1, "--warmup", 0)
+    assert (code, err) == (0, "")
+    assert "speed-up" in out
+    assert "1.00x" in out
+
+
+def test_progress_only_on_a_terminal(run, artifact, monkeypatch):
+    args = ["evaluate", artifact, "digits", "--images", 20]
+    assert run(*args)[2] == ""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    assert main([*map(str, args), "--json"]) == 0
+    assert "evaluating" in terminal.getvalue()
+    assert "20/20" in terminal.getvalue()
+
+
+# -- budgets and settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("750M", 750_000_000),
+        ("1.2G", 1_200_000_000),
+        ("1.2g", 1_200_000_000),
+        ("860k", 860_000),
+        ("22000000", 22_000_000),
+        ("7.5e8", 750_000_000),
+        ("0.6", 0.6),
+        ("1", 1.0),
+        ("1.0", 1.0),
+        ("1k", 1000),
+    ],
+)
+def test_amounts(text, value):
+    found = amount("--macs", text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "60%", "M", "1.2X", "1,000", "nan", "inf"])
+def test_bad_amounts(text):
+    with pytest.raises(UsageError, match="--params"):
+        amount("--params", text)
+
+
+def test_budgets():
+    assert make_budget(0.6, None, None, None) == Budget(macs=0.6)
+    assert make_budget(1.0, None, None, None) == Budget(macs=1.0)
+    assert make_budget(None, "750M", None, None) == Budget(macs=750_000_000)
+    assert make_budget(None, None, "0.5", None) == Budget(params=0.5)
+    assert make_budget(None, None, None, 5.0) == Budget(latency_ms=5.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ((None, None, None, None), "none"),
+        ((0.6, "750M", None, None), "--keep and --macs"),
+        ((0.6, "1", "1", 5.0), "--keep and --macs and --params and --latency-ms"),
+        ((0.0, None, None, None), "--keep 0"),
+        ((1.5, None, None, None), "--keep 1.5"),
+        ((float("nan"), None, None, None), "--keep nan"),
+        ((None, None, None, -5.0), "--latency-ms -5"),
+        ((None, None, None, float("nan")), "--latency-ms nan"),
+    ],
+)
+def test_bad_budgets(asked, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        make_budget(*asked)
+    assert caught.value.fix
+
+
+class Settings(BaseModel):
+    """Fields of all kinds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ratio: float = Field(0.5, gt=0, le=1)
+    steps: int = 3
+    flag: bool = True
+    name: str = "x"
+    dims: tuple[str, ...] = ("qk", "v")
+    limit: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("ratio=0.25", 0.25),
+        ("ratio=1", 1.0),
+        ("steps=7", 7),
+        ("flag=false", False),
+        ("flag=False", False),
+        ("flag=True", True),
+        ("name=a=b", "a=b"),
+        ("name=12", "12"),
+        ("name=true", "true"),
+        ("name=", ""),
+        ('dims=["qk"]', ("qk",)),
+        ("limit=4", 4),
+        ("limit=null", None),
+        ("limit=None", None),
+    ],
+)
+def test_settings_take_the_type_of_their_field(text, value):
+    field = text.partition("=")[0]
+    found = getattr(make_config("m", Settings, {}, parse_sets([text])), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("ratios=1", "Did you mean ratio"),
+        ("ratio=2", "ratio"),
+        ("ratio=much", "ratio"),
+        ("steps=1.5", "steps"),
+        ("flag=perhaps", "flag"),
+        ("dims=qk", "dims"),
+    ],
+)
+def test_settings_that_do_not_fit(text, named):
+    with pytest.raises(UsageError) as caught:
+        make_config("m", Settings, {}, parse_sets([text]))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", [["ratio"], ["=1"], [""], ["a=1", "a=2"], ["a-b=1", "a_b=2"]])
+def test_settings_that_are_malformed(texts):
+    with pytest.raises(UsageError, match="--set"):
+        parse_sets(texts)
+
+
+def test_a_file_of_settings(tmp_path):
+    toml, plain = tmp_path / "a.toml", tmp_path / "a.json"
+    toml.write_text('ratio = 0.25\nname = "t"\ndims = ["v"]\n', "utf-8")
+    plain.write_text('{"ratio": 0.25, "name": "t", "dims": ["v"]}', "utf-8")
+    for file in (toml, plain):
+        made = make_config("m", Settings, read_config(file), {"name": "s"})
+        assert made == Settings(ratio=0.25, name="s", dims=("v",))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", "{"),
+        ("a.json", "[1]"),
+        ("a.toml", "a ="),
+        ("a.json", "\udcff"),
+        ("no.json", None),
+    ],
+)
+def test_bad_files_of_settings(tmp_path, name, text):
+    file = tmp_path / name
+    if text is not None:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UsageError, match="--config"):
+        read_config(file)
+
+
+# -- compress ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(artifact, tmp_path) -> list[object]:
+    """A whole and valid command, to which tests add what is wrong."""
+    return ["compress", artifact, "--calibrate", "digits", "-o", tmp_path / "out"]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--method", "closed-form"], "got none"),
+        (["--method", "closed-form", "--keep", "0.6", "--macs", "1M"], "--keep and --macs"),
+        (["--method", "closed-form", "--keep", "2"], "--keep 2"),
+        (["--method", "closed-form", "--macs", "many"], "--macs 'many'"),
+        (["--keep", "0.6"], "--method"),
+        (["--method", "magic", "--keep", "0.6"], "closed-form, token-merge"),
+        (["--method", "closed-form", "--keep", "0.6", "--set", "ridges=1"], "Did you mean ridge"),
+        (["--method", "closed-form", "--keep", "0.6", "--set", "ridge=-1"], "ridge"),
+        (["--method", "closed-form", "--keep", "0.6", "--set", "criterion=luck"], "criterion"),
+        (["--method", "closed-form", "--keep", "0.6", "--set", "compensation=often"], "compensati"),
+        (["--method", "closed-form", "--keep", "0.6", "--set", "ridge"], "field=value"),
+        (["--method", "closed-form", "--keep", "0.6", "--config", "no.toml"], "no.toml"),
+        (["--method", "closed-form", "--keep", "0.6", "--images", "0"], "--images 0"),
+        (["--method", "closed-form", "--keep", "0.6", "--class-map", "m"], "--evaluate"),
+        (["--method", "closed-form", "--keep", "0.6", "--input-size", "x"], "--input-size 'x'"),
+        (["--method", "token-merge", "--params", "0.6"], "no parameters"),
+    ],
+)
+def test_compress_usage_errors(refused, start, tmp_path, args, named):
+    assert named in refused(2, *start, *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_needs_a_place_and_images(refused, artifact, tmp_path):
+    args = ["compress", artifact, "--method", "closed-form", "--keep", "0.6"]
+    assert "-o" in refused(2, *args, "--calibrate", "digits")
+    assert "--calibrate" in refused(2, *args, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--calibrate", "nowhere"], "nowhere"),
+        (["--evaluate", "nowhere"], "nowhere"),
+        (["--evaluate", "digits", "--class-map", "no-map"], "no-map"),
+        (["--weights", "no-weights"], "no-weights"),
+        (["--images", "5000"], "5000"),
+        (["--macs", "10", "--keep"], "10"),
+    ],
+)
+def test_compress_failures(refused, start, tmp_path, args, named):
+    budget = ["--keep", "0.6"]
+    if args[-1] == "--keep":
+        args, budget = args[:-1], []
+    assert named in refused(1, *start, "--method", "closed-form", *budget, *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_shows_before_the_model_is_opened(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitailor.models.open_model", fail_with(AssertionError("opened")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine", "utf-8")
+    good = ["compress", "vit_tiny_patch16_224", "--method", "closed-form", "--keep", "0.6"]
+    good += ["--calibrate", "digits", "-o", tmp_path / "out"]
+    assert "opened" in run(*good)[2]
+    for wrong in (
+        ["-o", tmp_path / "full"],
+        ["--macs", "1M"],
+        ["--calibrate", "nowhere"],
+        ["--evaluate", "nowhere"],
+        ["--method", "magic"],
+        ["--set", "ridge=x"],
+        ["--device", "cuda:77"],
+    ):
+        code, _, err = run(*good, *wrong)
+        assert code in (1, 2)
+        assert "opened" not in err, wrong
+
+
+def test_an_output_folder_with_something_in_it_is_refused(refused, start, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", "utf-8")
+    args = [*start, "--method", "token-merge", "--keep", "0.6"]
+    assert "--overwrite" in refused(1, *args)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    file = tmp_path / "file"
+    file.write_text("mine", "utf-8")
+    assert "is a file" in refused(1, *args, "--overwrite", "-o", file)
+    assert "is a file" in refused(1, *args, "-o", file / "below")
+
+
+def test_compress(run, start, artifact, tmp_path):
+    out = tmp_path / "out"
+    args = [*start, "--method", "closed-form", "--keep", "0.7", "--images", 24]
+    code, text, err = run(*args, "--evaluate", "digits", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    keys = {"out", "method", "budget", "macs", "params", "seconds", "peak_memory_mb", "top1"}
+    assert set(found) == keys
+    assert found["out"] == str(out)
+    assert found["method"] == "closed-form"
+    assert 0 < found["macs"]["after"] <= 0.7 * found["macs"]["before"]
+    assert set(found["top1"]) == {"before", "after", "interval"}
+    low, high = found["top1"]["interval"]
+    assert low <= found["top1"]["after"] - found["top1"]["before"] <= high
+    # What was written is what was measured, and remembers how.
+    _, text, _ = run("inspect", out, "--json")
+    assert json.loads(text)["macs"] == found["macs"]["after"]
+    _, text, _ = run("evaluate", out, "digits", "--json")
+    assert json.loads(text)["top1"] == pytest.approx(found["top1"]["after"])
+    record = json.loads((out / "record.json").read_text("utf-8"))
+    assert record["calibration"]["images"] == 24
+    (step,) = json.loads((out / "plan.json").read_text("utf-8"))["steps"]
+    assert step["source"] == str(artifact)
+
+
+def test_compress_for_people(run, start):
+    code, out, err = run(*start, "--method", "token-merge", "--keep", "0.8")
+    assert (code, err) == (0, "")
+    for words in ("MACs", "kept", "not measured", "wrote"):
+        assert words in out
+
+
+def test_settings_and_file_reach_the_method(run, start, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('allocation = "uniform"\ncompensation = true\n', "utf-8")
+    sets = ["--set", "compensation=false", "--set", 'dimensions=["neurons"]']
+    args = [*start, "--method", "closed-form", "--keep", "0.9", "--images", 8]
+    code, _, err = run(*args, "--config", file, *sets)
+    assert (code, err) == (0, "")
+    (step,) = json.loads((tmp_path / "out" / "plan.json").read_text("utf-8"))["steps"]
+    assert step["settings"]["allocation"] == "uniform"
+    assert step["settings"]["compensation"] is False
+    assert step["settings"]["dimensions"] == ["neurons"]
+
+
+def test_keep_everything(run, start, tmp_path):
+    code, out, _ = run(*start, "--method", "closed-form", "--keep", "1.0", "--images", 8, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["macs"]["after"] == found["macs"]["before"]
+    assert found["params"]["after"] == found["params"]["before"]
+
+
+def test_dry_run_writes_nothing(run, artifact, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    args = ["compress", artifact, "--calibrate", "digits", "--images", 16, "--dry-run"]
+    args += ["--method", "closed-form", "--macs", "0.6"]
+    code, out, _ = run(*args, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["out"] is None
+    assert found["plan"]["macs"] == found["macs"]["after"] <= 0.6 * found["macs"]["before"]
+    assert len(found["plan"]["blocks"]) == 2
+    code, out, _ = run(*args, "-o", tmp_path / "out")
+    assert code == 0
+    assert f"{found['macs']['after']:,}" in out
+    assert "nothing was written" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interruption_leaves_no_folder(run, start, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitailor.compression.compress", fail_with(KeyboardInterrupt()))
+    code, out, err = run(*start, "--method", "token-merge", "--keep", "0.8")
+    assert (code, out, err) == (130, "", "error: Interrupted.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_takes_all_images_if_there_are_few(run, start, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (30, 30), (80 * i, 10, 200)).save(folder / f"{i}.png")
+    args = [*start, "--method", "closed-form", "--keep", "0.9", "--calibrate", folder]
+    code, _, err = run(*args)
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "out" / "record.json").read_text("utf-8"))
+    assert record["calibration"]["images"] == 3
+
+
+# -- demo ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_demo(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("demo", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found) == {"rows", "report"}
+    dense, *rows = found["rows"]
+    assert dense["method"] == "dense"
+    assert dense["top1"] > 97
+    assert {r["keep"] for r in rows} == {0.6, 0.4}
+    assert {"closed-form", "token-merge", "magnitude-uniform"} <= {r["method"] for r in rows}
+    for row in rows:
+        assert set(row) == {"method", "keep", "macs", "params", "top1"}
+        assert row["macs"] <= row["keep"] * dense["macs"]
+    best = {r["keep"]: r["top1"] for r in rows if r["method"] == "closed-form"}
+    usual = {r["keep"]: r["top1"] for r in rows if r["method"] == "magnitude-uniform"}
+    assert best[0.4] >= usual[0.4]
+    assert best[0.6] > 95
+    assert (tmp_path / found["report"]).is_file()
+    # Again, over what it wrote before.
+    assert "vitailor-demo" in run("demo", "-o", "vitailor-demo")[2]
+
+
+def test_the_embedded_model_and_its_preprocessing():
+    from vitailor.data import open_images
+    from vitailor.demo import digits_model
+    from vitailor.evaluation import evaluate
+
+    model, preprocessing = digits_model()
+    test = open_images("digits:test", preprocessing, images=100, labels_needed=True)
+    assert evaluate(model, test).top1 > 95

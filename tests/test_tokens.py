@@ -1,0 +1,251 @@
+"""Token merging: what is conserved, what it leaves alone, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import build, images
+from vitailor import surgery, tokens
+from vitailor.hosts import shape_of
+from vitailor.layers import Block, BlockStack
+from vitailor.plan import BlockPlan, Plan
+from vitailor.shape import similarity_pairs
+
+MATCHINGS = ("ward", "cosine")
+matchings = st.sampled_from(MATCHINGS)
+
+
+def random(*size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+
+def merged(
+    x: Tensor, *num_out: int, prefix: int = 1, matching: str = "ward", metric: Tensor | None = None
+) -> tokens.Tokens:
+    state = tokens.start(x)
+    for n in num_out:
+        by = state.x if metric is None else metric
+        state = tokens.merge(state, by, n, prefix, matching)
+    return state
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    prefix, patches = draw(st.integers(0, 3)), draw(st.integers(1, 20))
+    first = draw(st.integers(prefix + 1, prefix + patches))
+    second = draw(st.integers(prefix + 1, first))
+    x = random(2, prefix + patches, 4, seed=draw(st.integers(0, 99)))
+    return {"x": x, "prefix": prefix, "outs": (first, second), "matching": draw(matchings)}
+
+
+@given(cases())
+def test_merging_conserves_and_accounts_for_every_token(case):
+    x, prefix, outs = case["x"], case["prefix"], case["outs"]
+    state = merged(x, *outs, prefix=prefix, matching=case["matching"])
+    n, original = outs[1], x.shape[1]
+    assert state.x.shape == (2, n, 4)
+    if n == original:
+        assert state.size is state.source is None
+        return
+    # Every original token is in exactly one token, and sizes count them.
+    assert state.source.shape == (2, original)
+    counts = F.one_hot(state.source, n).sum(1)
+    assert (counts > 0).all()
+    assert torch.equal(counts.double(), state.size)
+    # Features are means of the members, so weighted sums stay.
+    means = torch.zeros_like(state.x).scatter_add(
+        1, state.source.unsqueeze(-1).expand(-1, -1, 4), x
+    ) / state.size.unsqueeze(-1)
+    torch.testing.assert_close(state.x, means)
+    torch.testing.assert_close(tokens.average(state, x), means)
+    # Prefix tokens are where and what they were.
+    assert torch.equal(state.x[:, :prefix], x[:, :prefix])
+    assert torch.equal(state.source[:, :prefix], torch.arange(prefix).expand(2, -1))
+    assert (state.size[:, :prefix] == 1).all()
+    assert (state.source[:, prefix:] >= prefix).all()
+
+
+@given(cases())
+def test_regather_inverts_unmerge(case):
+    state = merged(case["x"], *case["outs"], prefix=case["prefix"], matching=case["matching"])
+    spread = tokens.unmerge(state)
+    assert spread.shape == case["x"].shape
+    again = tokens.regather(state.detached(), spread)
+    assert torch.equal(again.x, state.x)
+    assert again.size is state.size
+    assert again.source is state.source
+
+
+def test_detached_bookkeeping_holds_no_features():
+    state = merged(random(1, 6, 4).requires_grad_(), 4)
+    assert state.detached().x.numel() == 0
+    assert not state.detached().size.requires_grad
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_unmerging_merged_equal_tokens_is_the_identity(matching):
+    # Pairs of equal tokens next to each other fall into different halves.
+    patches = random(2, 5, 4).repeat_interleave(2, dim=1)
+    x = torch.cat([random(2, 1, 4, seed=1), patches], dim=1)
+    state = merged(x, 6, matching=matching)
+    assert (state.size[:, 1:] == 2).all()
+    torch.testing.assert_close(tokens.unmerge(state), x)
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("patches", [1, 2, 3, 9, 16])
+def test_reduction_to_one_patch_token(matching, patches):
+    x = random(2, 2 + patches, 4)
+    state = merged(x, 3, prefix=2, matching=matching)
+    torch.testing.assert_close(state.x[:, 2], x[:, 2:].mean(1))
+    with FlopCounterMode(display=False) as counter:
+        merged(x, 3, prefix=2, matching=matching)
+    assert counter.get_total_flops() == 2 * 2 * 4 * similarity_pairs(patches, patches - 1)
+
+
+@given(st.integers(1, 24), st.data())
+def test_similarities_are_as_many_as_counted(patches, data):
+    left = data.draw(st.integers(1, patches))
+    x = random(1, 1 + patches, 6)
+    with FlopCounterMode(display=False) as counter:
+        merged(x, 1 + left)
+    assert counter.get_total_flops() == 2 * 6 * similarity_pairs(patches, patches - left)
+
+
+def test_the_most_similar_pair_goes_first():
+    x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.5], [0.1, 1.0]]])
+    for matching in MATCHINGS:
+        state = merged(x, 4, matching=matching)
+        # Patch tokens 1 and 3 against 2 and 4: 1-2 0.0, 1-4 0.1, 3-2 0.45, 3-4 0.54.
+        assert state.source.tolist() == [[0, 1, 2, 3, 3]]
+        torch.testing.assert_close(state.x[0, 3], (x[0, 3] + x[0, 4]) / 2)
+
+
+def test_ward_spares_large_groups_and_cosine_does_not():
+    """Token 1 is nearest in angle to the large group, token 3 a bit less near to the small one."""
+    x = F.normalize(torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.3, 1.0]]]), dim=-1)
+    size = torch.tensor([[4.0, 4.0, 1.0, 1.0]])
+    state = tokens.Tokens(x, size, torch.arange(4)[None])
+    cosine = tokens.merge(state, x, 3, 0, "cosine")
+    ward = tokens.merge(state, x, 3, 0, "ward")
+    assert sorted(cosine.size[0].tolist()) == [1, 1, 8]
+    assert sorted(ward.size[0].tolist()) == [1, 1, 8]  # 4 * 4 / 8 * 0.005 < 1 * 1 / 2 * 0.042
+    size = torch.tensor([[40.0, 40.0, 1.0, 1.0]])
+    state = tokens.Tokens(x, size, torch.arange(4)[None])
+    assert sorted(tokens.merge(state, x, 3, 0, "cosine").size[0].tolist()) == [1, 1, 80]
+    assert sorted(tokens.merge(state, x, 3, 0, "ward").size[0].tolist()) == [2, 40, 40]
+
+
+def test_affinity_written_out():
+    x, size = random(1, 5, 3), torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    cosine = F.cosine_similarity(x[0, ::2, None], x[0, None, 1::2], dim=-1)
+    torch.testing.assert_close(tokens.affinity(x, size, "cosine")[0], cosine)
+    a, b = size[0, ::2, None], size[0, None, 1::2]
+    ward = -(1 - cosine) * a * b / (a + b)
+    torch.testing.assert_close(tokens.affinity(x, size, "ward")[0], ward)
+
+
+def test_nothing_merged_needs_no_bias():
+    assert tokens.attention_bias(tokens.start(random(1, 3, 2))) is None
+    bias = tokens.attention_bias(merged(random(2, 6, 2), 4))
+    assert bias.shape == (2, 1, 1, 4)
+    assert bias[:, ..., 0].abs().max() == 0
+
+
+def test_gradients_reach_every_token():
+    x = random(1, 9, 4).requires_grad_()
+    tokens.unmerge(merged(x, 4)).square().sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
+# -- in a model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_merged_tokens_with_sizes_stand_for_their_duplicates(name, matching):
+    """Blocks on merged duplicates compute what the dense blocks compute on the duplicates."""
+    model = build(name).double()
+    plan = Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan()))
+    small = surgery.apply(model, plan)
+    small.blocks.matching = matching
+    x = torch.cat([random(2, 1, 16), random(2, 5, 16, seed=1).repeat_interleave(2, 1)], 1)[:, :10]
+    stack = small.blocks
+    first, second = stack.block(0), stack.block(1)
+    state = tokens.start(x).replace(first.attend(x))
+    # Nine patch tokens: four pairs of duplicates and one alone.
+    state = tokens.merge(state, first.norm2(state.x), 6, 1, matching)
+    assert sorted(state.size[0].tolist()) == [1, 1, 2, 2, 2, 2]
+    state = state.replace(first.feed(state.x))
+    attended = second.attend(state.x, tokens.attention_bias(state))
+    found = tokens.unmerge(state.replace(second.feed(attended)))
+    expected = model.blocks(x)
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    torch.testing.assert_close(stack(x), found)
+    # Without the sizes it is another function.
+    wrong = tokens.unmerge(state.replace(second.feed(second.attend(state.x))))
+    assert (wrong - expected).abs().max() > 1e-3
+
+
+@given(st.data())
+def test_a_stack_leaves_as_many_tokens_as_it_says(data):
+    model = build("vit_tiny_patch16_224", depth=3)
+    outs, arriving = [], 10
+    for _ in range(3):
+        arriving = data.draw(st.integers(2, arriving))
+        outs.append(arriving)
+    small = surgery.apply(model, Plan(blocks=tuple(BlockPlan(num_tokens_out=n) for n in outs)))
+    assert [b.num_tokens_out for b in shape_of(small).blocks] == outs
+    if not isinstance(small.blocks, BlockStack):
+        assert outs == [10] * 3
+        return
+    state = tokens.start(random(1, 10, 16).float())
+    for i, n in enumerate(outs):
+        state = small.blocks.step(i, state)
+        assert state.x.shape[1] == n == small.blocks.num_out(i, 10 if i == 0 else outs[i - 1])
+
+
+def test_one_pass_leaves_no_state_behind():
+    small = surgery.apply(
+        build(), Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan(num_tokens_out=3)))
+    )
+    one, two = images(small, batch=1, seed=5), images(small, batch=3, seed=6)
+    first = small(one)
+    assert small(two).shape == (3, 5)
+    steps = list(small.blocks)
+    x = random(2, 10, 16).float()
+    expected = small.blocks(x)
+    for _ in range(2):  # the steps of one iteration may be run again
+        y = x
+        for step in steps:
+            y = step(y)
+        torch.testing.assert_close(y, expected)
+    assert torch.equal(small(one), first)
+
+
+def test_stacks_index_and_slice_like_the_hosts():
+    model = build("vit_tiny_patch16_224", depth=3)
+    small = surgery.apply(
+        model, Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan(), BlockPlan()))
+    )
+    stack = small.blocks
+    assert len(stack) == 3
+    assert isinstance(stack[-1], Block)
+    assert isinstance(stack[:2], BlockStack)
+    assert len(stack[:2]) == 2
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert next(iter(stack)).mlp is stack[0].mlp
+
+
+@pytest.mark.parametrize(("arriving", "left"), [(10, 6), (19, 11), (2, 2), (1, 1), (37, 21)])
+def test_other_sizes_rescale_by_fraction_of_patch_tokens(arriving, left):
+    small = surgery.apply(build(), Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
+    assert small.blocks.num_out(0, arriving) == left
+    assert small.blocks.num_out(1, arriving) == arriving
