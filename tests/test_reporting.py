@@ -206,6 +206,22 @@ def test_report_refuses_what_is_no_artifact(tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"top1": {"after": "high"}},
+        {"top1": {"after": 90.0, "interval": [1]}},
+        {"seconds": "many"},
+        {"shape_before": {"depth": 3}},
+    ],
+)
+def test_a_damaged_record_is_named(vit, tmp_path, record):
+    save(vit, tmp_path / "a")
+    (tmp_path / "a" / "record.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ArtifactError, match=r"record\.json of .*a is not what"):
+        report([tmp_path / "a"], tmp_path / "r.html")
+
+
 def test_run_of_a_record(vit, tmp_path):
     save(vit, tmp_path / "a")
     known = load(tmp_path / "a").vitailor

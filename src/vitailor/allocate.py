@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .budget import cost
 from .errors import BudgetError
-from .harm import HarmModel
+from .harm import HarmModel, total
 from .shape import BlockShape, ViTShape, similarity_pairs
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
@@ -107,19 +107,6 @@ def _grown(
     if size >= full:
         return None
     return with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)))
-
-
-def total(harm: HarmModel, shape: ViTShape) -> float:
-    """Modelled harm of a shape."""
-    result = 0.0
-    for i, block in enumerate(shape.blocks):
-        for dimension in ("qk", "v", "neurons", "heads"):
-            size = np.array([getattr(block, FIELDS[dimension])])
-            result += float(harm.table(i, dimension, size)[0])
-        ends = np.array([block.num_tokens_in, block.num_tokens_out])
-        before, after = harm.table(i, "tokens", ends)
-        result += float(after - before)
-    return result
 
 
 def allocate_marginal(

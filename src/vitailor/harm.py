@@ -30,6 +30,10 @@ POINTS: dict[Dimension, tuple[float, ...]] = {
     "heads": (0.5,),
 }
 
+#: A curve is scaled by at most this factor at a time, and not at all where it tells of less harm (nats).
+MOST = 3.0
+NEGLIGIBLE = 1e-4
+
 
 @dataclass(frozen=True)
 class HarmModel:
@@ -90,3 +94,61 @@ def _interpolate(full: int, sizes: list[int], harms: list[float]) -> Curve:
         return np.asarray((inside + beyond) ** 2)
 
     return curve
+
+
+def in_context(
+    harm: HarmModel, simulator: Simulator, shape: ViTShape, dimensions: tuple[Dimension, ...]
+) -> HarmModel:
+    """The curves, each scaled so that undoing its cut in `shape` undoes the harm it really does there.
+
+    Cuts interact: together they harm more, or less, than the sum of what each does alone. So the model
+    is corrected where it is used. For each cut of `shape`, the harm with that cut alone undone is
+    measured; the curve is scaled by the ratio of measured to modelled difference, kept within a factor
+    of `MOST` since small differences are noisy.
+    """
+    whole = simulator.trial(shape, 0)
+    context = simulator.at(whole)
+    curves = dict(harm.curves)
+    for i in range(shape.depth):
+        for dimension in dimensions:
+            undone = _undo(shape, harm.dense, i, dimension)
+            if undone is None or (i, dimension) not in curves:
+                continue
+            modelled = total(harm, shape) - total(harm, undone)
+            measured = whole.harm - context.trial(undone, i).harm
+            if modelled > NEGLIGIBLE:
+                ratio = float(np.clip(measured / modelled, 1 / MOST, MOST))
+                curves[i, dimension] = _scaled(curves[i, dimension], ratio)
+    return HarmModel(harm.dense, curves)
+
+
+def _undo(shape: ViTShape, dense: ViTShape, i: int, dimension: Dimension) -> ViTShape | None:
+    """The shape without one of its cuts; later blocks keep their token counts."""
+    block, full = shape.blocks[i], dense.blocks[i]
+    if dimension != "tokens":
+        size = getattr(full, FIELDS[dimension])
+        return None if size == getattr(block, FIELDS[dimension]) else with_size(shape, i, dimension, size)
+    if block.num_tokens_out == block.num_tokens_in:
+        return None
+    blocks = list(shape.blocks)
+    blocks[i] = block.model_copy(update={"num_tokens_out": block.num_tokens_in})
+    if i + 1 < len(blocks):
+        blocks[i + 1] = blocks[i + 1].model_copy(update={"num_tokens_in": block.num_tokens_in})
+    return shape.model_copy(update={"blocks": tuple(blocks)})
+
+
+def _scaled(curve: Curve, ratio: float) -> Curve:
+    return lambda sizes: curve(sizes) * ratio
+
+
+def total(harm: HarmModel, shape: ViTShape) -> float:
+    """Modelled harm of a shape."""
+    result = 0.0
+    for i, block in enumerate(shape.blocks):
+        for dimension in ("qk", "v", "neurons", "heads"):
+            size = np.array([getattr(block, FIELDS[dimension])])
+            result += float(harm.table(i, dimension, size)[0])
+        ends = np.array([block.num_tokens_in, block.num_tokens_out])
+        before, after = harm.table(i, "tokens", ends)
+        result += float(after - before)
+    return result

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .errors import ArtifactError
+from .errors import ArtifactError, PlanError
 from .provenance import Provenance
 from .shape import BlockShape, Facts, ViTShape
 
@@ -151,11 +151,21 @@ def write_page(
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """What an artifact says about itself."""
+    """What an artifact says about itself.
+
+    Raises:
+        ArtifactError: when the folder is no artifact, or its record is damaged.
+    """
     from .artifact import load
 
     known: Provenance = load(folder).vitailor  # type: ignore[assignment]  # load puts it there
-    return run_of(known, Path(folder).resolve().name)
+    try:
+        return run_of(known, Path(folder).resolve().name)
+    except (LookupError, TypeError, ValueError, PlanError) as error:
+        why = " ".join(str(error).split())
+        raise ArtifactError(
+            f"record.json of {folder} is not what vitailor writes: {why}.", "Compress again."
+        ) from error
 
 
 def run_of(known: Provenance, name: str) -> Run:

@@ -65,7 +65,6 @@ class Simulator:
         self.host = host_of(model)
         self.dense = revise(self.host.describe(model), matching=matching)
         self.shape = self.dense
-        self.harm = 0.0
         self.evaluations = 0
         device = next(model.parameters()).device
         self._weights = [self.host.read(self.host.block(model, i)) for i in range(self.dense.depth)]
@@ -86,10 +85,11 @@ class Simulator:
             harm = self._divergence(outputs)
         return Trial(shape, first, harm, states)
 
-    def accept(self, trial: Trial) -> None:
-        """Make a trial the current state."""
-        self.shape, self.harm = trial.shape, trial.harm
-        self._states |= trial.states
+    def at(self, trial: Trial) -> Simulator:
+        """A simulator whose current sizes are those of a trial; it shares everything else."""
+        other = copy.copy(self)
+        other.shape, other._states = trial.shape, self._states | trial.states
+        return other
 
     def _run(self, shape: ViTShape, first: int, states: dict[int, States]) -> States:
         current = states[first]

@@ -37,15 +37,6 @@ def compress(
             "--method", metavar="NAME", help="closed-form or token-merge.", show_default=False
         ),
     ],
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate",
-            metavar="DATA",
-            help="Images to calibrate on, without labels; token-merge needs none.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write the result to."),
@@ -84,6 +75,15 @@ def compress(
             metavar="MS",
             help="Milliseconds on this device.",
             rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Images to calibrate on, without labels; token-merge needs none.",
+            rich_help_panel="Images",
         ),
     ] = None,
     settings: Annotated[
