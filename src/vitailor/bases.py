@@ -18,9 +18,7 @@ from .linalg import balanced_bases
 
 
 @torch.no_grad()
-def rotate(
-    model: nn.Module, moments: list[BlockMoments]
-) -> tuple[nn.Module, list[BlockMoments]]:
+def rotate(model: nn.Module, moments: list[BlockMoments]) -> tuple[nn.Module, list[BlockMoments]]:
     """An equivalent model whose QK and V dims are sorted, and the moments in its coordinates.
 
     QK dims are sorted by activation-aware SVD of each head's bilinear form (q and k moments), V dims by
@@ -41,7 +39,7 @@ def rotate(
             _rotate_queries_keys(tensors, found, new)
         _rotate_values(tensors, found, new)
         _write_back(host.read(block), tensors)
-        host.write(block, {n: t for n, t in tensors.items()}, shape.blocks[i].ranks)
+        host.write(block, tensors, shape.blocks[i].ranks)
         after.append(new)
     return rotated, after
 

@@ -5,11 +5,12 @@ Shape suffixes: D embed_dim, H heads, K query/key dim, V value dim, F MLP hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import DataError
 from .hosts import Host, Tensors, host_of
@@ -127,7 +128,9 @@ def _empty(tensors: Tensors) -> BlockMoments:
     )
 
 
-def _listen(host: Host, model: nn.Module, index: int, weights: Tensors, found: BlockMoments):  # type: ignore[no-untyped-def]
+def _listen(
+    host: Host, model: nn.Module, index: int, weights: Tensors, found: BlockMoments
+) -> Iterator[RemovableHandle]:
     """Temporary hooks that add what a block's projections read to its moments."""
     block = host.block(model, index)
 

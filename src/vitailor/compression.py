@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ def compress(
         **accuracy,
     }
     # nn.Module would take no notice of a plain attribute, and deepcopy and fine-tuning carry it along.
-    small.vitailor = Provenance(  # type: ignore[assignment]
+    cast(Any, small).vitailor = Provenance(
         shape=after,
         steps=(*(earlier.steps if earlier else ()), step),
         record=record,
@@ -203,7 +203,9 @@ def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:
     if budget.metric in ("macs", "params"):
         spent, limit = cost(after, budget.metric), budget.limit(before)
         if spent > limit:
-            raise BudgetError(f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}.")
+            raise BudgetError(
+                f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}."
+            )
 
 
 def _accuracies(dense: nn.Module, small: nn.Module, test: ImageSet | None) -> dict[str, Any]:

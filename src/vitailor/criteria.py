@@ -48,8 +48,8 @@ class Importance:
     def order(self) -> Order:
         return Order(
             heads=self.v_dims.sum(1).argsort(descending=True, stable=True),
-            qk_dims=self.qk_dims.argsort(1, descending=True, stable=True),
-            v_dims=self.v_dims.argsort(1, descending=True, stable=True),
+            qk_dims=self.qk_dims.argsort(dim=1, descending=True, stable=True),
+            v_dims=self.v_dims.argsort(dim=1, descending=True, stable=True),
             neurons=self.neurons.argsort(descending=True, stable=True),
         )
 

@@ -6,6 +6,8 @@ if the unit's activation were set to zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from .calibrate import Batches, images_of
 from .criteria import Importance
 from .hosts import Tensors, host_of
+
+#: Block, and "hidden" or the name of a projection.
+Key = tuple[int, str]
+Seen = dict[Key, Tensor]
 
 
 def taylor(model: nn.Module, batches: Batches, use_labels: bool) -> list[Importance]:
@@ -25,8 +31,8 @@ def taylor(model: nn.Module, batches: Batches, use_labels: bool) -> list[Importa
     """
     host = host_of(model)
     blocks = [host.block(model, i) for i in range(host.describe(model).depth)]
-    seen: dict[tuple[int, str], Tensor] = {}
-    total: dict[tuple[int, str], Tensor] = {}
+    seen: Seen = {}
+    total: Seen = {}
     handles = []
     for i, block in enumerate(blocks):
         for name, child in block.attn.named_children():
@@ -52,24 +58,26 @@ def taylor(model: nn.Module, batches: Batches, use_labels: bool) -> list[Importa
     return [_importance(host.read(block), total, i) for i, block in enumerate(blocks)]
 
 
-def _remember_output(seen: dict[tuple[int, str], Tensor], key: tuple[int, str]):  # type: ignore[no-untyped-def]
+def _remember_output(seen: Seen, key: Key) -> Callable[[nn.Module, object, Tensor], None]:
     def listen(_: nn.Module, __: object, output: Tensor) -> None:
         seen[key] = output
 
     return listen
 
 
-def _remember_input(seen: dict[tuple[int, str], Tensor], key: tuple[int, str]):  # type: ignore[no-untyped-def]
+def _remember_input(seen: Seen, key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def listen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen[key] = args[0]
 
     return listen
 
 
-def _importance(tensors: Tensors, total: dict[tuple[int, str], Tensor], i: int) -> Importance:
+def _importance(tensors: Tensors, total: Seen, i: int) -> Importance:
     heads, qk, _ = tensors["q.weight"].shape
     if (i, "qkv") in total:
-        q, k, v = total[i, "qkv"].split((heads * qk, heads * qk, heads * tensors["v.weight"].shape[1]))
+        q, k, v = total[i, "qkv"].split(
+            (heads * qk, heads * qk, heads * tensors["v.weight"].shape[1])
+        )
     else:
         q, k, v = (total[i, name] for name in ("q", "k", "v"))
     return Importance(

@@ -8,7 +8,8 @@ at block l in the dense model: what earlier blocks merged already need not be lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from .simulate import Simulator
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
 Curve = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-Progress = Callable[[float], None]
 
 #: Fractions kept at which a curve is measured; tokens, which matter most, at more points.
 POINTS: dict[Dimension, tuple[float, ...]] = {
@@ -30,42 +30,67 @@ POINTS: dict[Dimension, tuple[float, ...]] = {
     "heads": (0.5,),
 }
 
-#: A curve is scaled by at most this factor at a time, and not at all where it tells of less harm (nats).
-MOST = 3.0
-NEGLIGIBLE = 1e-4
+
+class Tilt(NamedTuple):
+    """How cuts interact, in four numbers; all curves are bent alike, so few images suffice to find them.
+
+    Attributes:
+        tokens: log of the weight of token cuts against all others.
+        token_slope, width_slope: log of the weight of cuts in the last block against the first.
+        power: exponent on every curve.
+    """
+
+    tokens: float = 0.0
+    token_slope: float = 0.0
+    width_slope: float = 0.0
+    power: float = 1.0
+
+
+FLAT = Tilt()
 
 
 @dataclass(frozen=True)
 class HarmModel:
-    """Harm of each size of each dimension of each block, alone; 0 at the dense size."""
+    """Harm of each size of each dimension of each block; 0 at the dense size.
+
+    Attributes:
+        dense: the model that is cut.
+        curves: harm of each cut alone, as measured.
+        tilt: correction for cuts made together.
+    """
 
     dense: ViTShape
     curves: dict[tuple[int, Dimension], Curve]
+    tilt: Tilt = FLAT
 
-    def table(self, index: int, dimension: Dimension, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    def table(
+        self, index: int, dimension: Dimension, sizes: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
         """Harm at each of the sizes."""
         curve = self.curves.get((index, dimension))
-        return np.zeros(len(sizes)) if curve is None else curve(sizes.astype(float))
+        if curve is None:
+            return np.zeros(len(sizes))
+        depth = index / max(1, self.dense.depth - 1) - 0.5
+        weight = self.tilt.width_slope * depth
+        if dimension == "tokens":
+            weight = self.tilt.tokens + self.tilt.token_slope * depth
+        return np.asarray(np.exp(weight) * curve(sizes.astype(float)) ** self.tilt.power)
+
+    def tilted(self, tilt: Tilt) -> HarmModel:
+        return replace(self, tilt=tilt)
 
 
-def measure(
-    simulator: Simulator,
-    dimensions: tuple[Dimension, ...],
-    steps: Steps,
-    progress: Progress | None = None,
-) -> HarmModel:
+def measure(simulator: Simulator, dimensions: tuple[Dimension, ...], steps: Steps) -> HarmModel:
     """Measure the curves of all blocks and dimensions, in the dense model."""
     dense = simulator.dense
     todo = [(i, d) for i in range(dense.depth) for d in dimensions]
     curves: dict[tuple[int, Dimension], Curve] = {}
-    for done, (i, dimension) in enumerate(todo):
+    for i, dimension in todo:
         sizes = _measured_sizes(dense, i, dimension, steps)
         harms = [simulator.trial(with_size(dense, i, dimension, s), i).harm for s in sizes]
         full: int = getattr(dense.blocks[i], FIELDS[dimension])
         if sizes:
             curves[i, dimension] = _interpolate(full, sizes, harms)
-        if progress is not None:
-            progress((done + 1) / len(todo))
     return HarmModel(dense, curves)
 
 
@@ -94,51 +119,6 @@ def _interpolate(full: int, sizes: list[int], harms: list[float]) -> Curve:
         return np.asarray((inside + beyond) ** 2)
 
     return curve
-
-
-def in_context(
-    harm: HarmModel, simulator: Simulator, shape: ViTShape, dimensions: tuple[Dimension, ...]
-) -> HarmModel:
-    """The curves, each scaled so that undoing its cut in `shape` undoes the harm it really does there.
-
-    Cuts interact: together they harm more, or less, than the sum of what each does alone. So the model
-    is corrected where it is used. For each cut of `shape`, the harm with that cut alone undone is
-    measured; the curve is scaled by the ratio of measured to modelled difference, kept within a factor
-    of `MOST` since small differences are noisy.
-    """
-    whole = simulator.trial(shape, 0)
-    context = simulator.at(whole)
-    curves = dict(harm.curves)
-    for i in range(shape.depth):
-        for dimension in dimensions:
-            undone = _undo(shape, harm.dense, i, dimension)
-            if undone is None or (i, dimension) not in curves:
-                continue
-            modelled = total(harm, shape) - total(harm, undone)
-            measured = whole.harm - context.trial(undone, i).harm
-            if modelled > NEGLIGIBLE:
-                ratio = float(np.clip(measured / modelled, 1 / MOST, MOST))
-                curves[i, dimension] = _scaled(curves[i, dimension], ratio)
-    return HarmModel(harm.dense, curves)
-
-
-def _undo(shape: ViTShape, dense: ViTShape, i: int, dimension: Dimension) -> ViTShape | None:
-    """The shape without one of its cuts; later blocks keep their token counts."""
-    block, full = shape.blocks[i], dense.blocks[i]
-    if dimension != "tokens":
-        size = getattr(full, FIELDS[dimension])
-        return None if size == getattr(block, FIELDS[dimension]) else with_size(shape, i, dimension, size)
-    if block.num_tokens_out == block.num_tokens_in:
-        return None
-    blocks = list(shape.blocks)
-    blocks[i] = block.model_copy(update={"num_tokens_out": block.num_tokens_in})
-    if i + 1 < len(blocks):
-        blocks[i + 1] = blocks[i + 1].model_copy(update={"num_tokens_in": block.num_tokens_in})
-    return shape.model_copy(update={"blocks": tuple(blocks)})
-
-
-def _scaled(curve: Curve, ratio: float) -> Curve:
-    return lambda sizes: curve(sizes) * ratio
 
 
 def total(harm: HarmModel, shape: ViTShape) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tokens
 from .errors import UnsupportedModelError
-from .shape import DENSE, Ranks
+from .shape import DENSE, Matching, Ranks
 
 
 class GatheredLinear(nn.Linear):
@@ -47,7 +47,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.rank = rank
         self.in_features, self.out_features = in_features, out_features
-        self.down = linear(in_features, rank, bias=False, gathered=gathered)
+        kind = GatheredLinear if gathered else nn.Linear
+        self.down: nn.Linear = kind(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
     @property
@@ -136,7 +137,9 @@ class Attention(nn.Module):
         q, k, v_BHNV = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)
         return self.q_norm(q), self.k_norm(k), v_BHNV
 
-    def mix(self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """Attention-weighted values of every head, (B, H, N, V)."""
         q, k, v = self.heads(x_BND)
         wide = max(self.qk_dim, self.v_dim)
@@ -170,13 +173,26 @@ class Block(nn.Module):
     keys. `num_tokens_out` is the number of tokens left after the attention half.
     """
 
-    def __init__(self, children: dict[str, nn.Module], num_tokens_in: int, num_tokens_out: int) -> None:
+    norm1: nn.Module
+    attn: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(
+        self, children: dict[str, nn.Module], num_tokens_in: int, num_tokens_out: int
+    ) -> None:
         super().__init__()
         for name in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
             self.add_module(name, children[name])
         self.num_tokens_in, self.num_tokens_out = num_tokens_in, num_tokens_out
 
-    def attend(self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def attend(
+        self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         y = self.attn(self.norm1(x_BND), attn_mask=attn_mask, is_causal=is_causal)
         return cast(Tensor, x_BND + self.drop_path1(self.ls1(y)))
 
@@ -208,9 +224,12 @@ class BlockStack(nn.ModuleList):
             were factored.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], num_prefix_tokens: int, matching: str) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], num_prefix_tokens: int, matching: Matching
+    ) -> None:
         super().__init__(blocks)
-        self.num_prefix_tokens, self.matching = num_prefix_tokens, matching
+        self.num_prefix_tokens = num_prefix_tokens
+        self.matching: Matching = matching
 
     def forward(self, x_BND: Tensor) -> Tensor:
         state = tokens.start(x_BND)

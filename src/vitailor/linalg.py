@@ -13,7 +13,8 @@ def sqrt_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
     an invertible root.
     """
     values, vectors = torch.linalg.eigh(add_ridge(matrix, ridge))
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return root
 
 
 def add_ridge(matrix: Tensor, ridge: float) -> Tensor:
@@ -44,9 +45,7 @@ def balanced_bases(left: Tensor, right: Tensor, ridge: float = 1e-8) -> tuple[Te
     return root_b @ vt.mT * scale, root_a @ u * scale
 
 
-def regress_on_kept(
-    weight: Tensor, covariance: Tensor, kept: Tensor, ridge: float
-) -> Tensor:
+def regress_on_kept(weight: Tensor, covariance: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """Ridge regression of `weight` x on the kept coordinates of x: W C[:, k] (C[k, k] + ridge)^-1.
 
     Args:
@@ -60,4 +59,5 @@ def regress_on_kept(
     cross = weight @ covariance[:, kept]
     # The ridge pulls towards the uncompensated weights, not towards zero.
     prior = weight[:, kept] @ (kept_covariance - covariance[kept][:, kept])
-    return torch.linalg.solve(kept_covariance, (cross + prior).mT).mT
+    refit: Tensor = torch.linalg.solve(kept_covariance, (cross + prior).mT).mT
+    return refit

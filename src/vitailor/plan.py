@@ -7,7 +7,7 @@ and says what was removed. Nothing here imports torch.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from .shape import (
     FORMAT_VERSION,
     BlockShape,
     Facts,
+    Matching,
     Positive,
     Ranks,
     ViTShape,
@@ -134,7 +135,7 @@ class Plan(Facts):
     """
 
     version: int = FORMAT_VERSION
-    matching: Literal["ward", "cosine"] | None = None
+    matching: Matching | None = None
     blocks: tuple[BlockPlan, ...]
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
 from torch import nn
 
 from .plan import Plan
@@ -47,7 +48,7 @@ class Provenance(Facts):
 
     shape: ViTShape
     steps: tuple[Step, ...] = ()
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = Field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
 

@@ -23,9 +23,7 @@ from .surgery import select
 States = list[tokens.Tokens]
 
 
-def compensate(
-    tensors: Tensors, plan: BlockPlan, moments: BlockMoments, ridge: float
-) -> Tensors:
+def compensate(tensors: Tensors, plan: BlockPlan, moments: BlockMoments, ridge: float) -> Tensors:
     """Canonical tensors of a block after its plan, with output projections refitted.
 
     The removed inputs x_R of the out and fc2 projections are predicted from the kept ones by the affine

@@ -22,6 +22,8 @@ from .errors import PlanError
 FORMAT_VERSION = 1
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+#: Rule by which tokens are paired for merging, see `tokens.merge`.
+Matching = Literal["ward", "cosine"]
 T = TypeVar("T", bound="Facts")
 
 
@@ -148,7 +150,7 @@ class ViTShape(Facts):
     out_bias: bool
     mlp_bias: bool
     qk_norm: NonNegative = 0
-    matching: Literal["ward", "cosine"] = "ward"
+    matching: Matching = "ward"
     blocks: tuple[BlockShape, ...]
 
     @model_validator(mode="after")

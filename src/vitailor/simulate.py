@@ -1,7 +1,7 @@
 """What a change of sizes does to the outputs, measured on a few calibration images.
 
 Runs the model with compensated blocks of any sizes without rebuilding it. The tokens entering each
-block are remembered for the current sizes, so that a change in block i costs only the blocks from i on.
+block of the dense model are remembered, so that a change in block i costs only the blocks from i on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +21,27 @@ from .hosts import host_of
 from .layers import Block
 from .orders import block_plan
 from .reconstruct import compensate
-from .shape import BlockShape, ViTShape, revise
+from .shape import BlockShape, Matching, ViTShape, revise
 from .surgery import select
 
 States = list[tokens.Tokens]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """Outcome of a change: its harm, and the tokens entering each block from the changed one on."""
+    """Outcome of a change: the sizes tried, and what they do to the outputs."""
 
     shape: ViTShape
-    first: int
     harm: float
-    states: dict[int, States]
 
 
 class Simulator:
-    """The model at some sizes, and the harm of changing them.
+    """Measures the harm of changing a model's sizes.
 
     Args:
         model: the dense model, in sorted bases.
         moments, orders: of each of its blocks.
-        batches: the images to measure on; all their tokens are held in memory.
+        batches: the images to measure on; their tokens before every block are held in memory.
         ridge: for compensation; None for none.
         matching: rule by which tokens are paired.
 
@@ -59,42 +56,37 @@ class Simulator:
         orders: Sequence[Order],
         batches: Batches,
         ridge: float | None,
-        matching: Literal["ward", "cosine"] = "ward",
+        matching: Matching = "ward",
     ) -> None:
         self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
         self.host = host_of(model)
         self.dense = revise(self.host.describe(model), matching=matching)
-        self.shape = self.dense
         self.evaluations = 0
         device = next(model.parameters()).device
         self._weights = [self.host.read(self.host.block(model, i)) for i in range(self.dense.depth)]
         self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
         with torch.inference_mode():
             start = [tokens.start(self.host.embed(model, images_of(b).to(device))) for b in batches]
-            self._states: dict[int, States] = {0: start}
-            final = self._run(self.dense, 0, self._states)
+            self._states: list[States] = []
+            final = self._run(self.dense, 0, start, self._states)
             self._truth = [self.host.finish(model, tokens.unmerge(s)) for s in final]
 
     def trial(self, shape: ViTShape, first: int) -> Trial:
-        """Harm of going to `shape`, which differs from the current sizes in no block before `first`."""
+        """Harm of going to `shape`, which differs from the dense sizes in no block before `first`."""
         self.evaluations += 1
-        states = {first: self._states[first]}
         with torch.inference_mode():
-            final = self._run(shape, first, states)
+            final = self._run(shape, first, self._states[first])
             outputs = [self.host.finish(self.model, tokens.unmerge(s)) for s in final]
             harm = self._divergence(outputs)
-        return Trial(shape, first, harm, states)
+        return Trial(shape, harm)
 
-    def at(self, trial: Trial) -> Simulator:
-        """A simulator whose current sizes are those of a trial; it shares everything else."""
-        other = copy.copy(self)
-        other.shape, other._states = trial.shape, self._states | trial.states
-        return other
-
-    def _run(self, shape: ViTShape, first: int, states: dict[int, States]) -> States:
-        current = states[first]
+    def _run(
+        self, shape: ViTShape, first: int, current: States, seen: list[States] | None = None
+    ) -> States:
+        """Tokens after the last block; those before each block are appended to `seen`."""
         for i in range(first, shape.depth):
-            states[i] = current
+            if seen is not None:
+                seen.append(current)
             block = self._block(i, shape.blocks[i])
             current = [self._step(block, s, shape, i) for s in current]
         return current

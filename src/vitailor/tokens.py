@@ -56,13 +56,6 @@ def unmerge(tokens: Tokens) -> Tensor:
     return tokens.x.gather(1, tokens.source.unsqueeze(-1).expand(-1, -1, tokens.x.shape[-1]))
 
 
-def average(tokens: Tokens, x_BMD: Tensor) -> Tensor:
-    """Mean of the features of the original tokens that went into each token, (B, N, D)."""
-    if tokens.source is None or tokens.size is None:
-        return x_BMD
-    return _sum_into(x_BMD, tokens.source, tokens.size.shape[1]) / tokens.size.unsqueeze(-1)
-
-
 def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
     """Inverse of `unmerge`: picks one original token for each merged one from spread-out features."""
     if tokens.source is None or tokens.size is None:
@@ -74,7 +67,9 @@ def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
     return Tokens(x, tokens.size, tokens.source)
 
 
-def merge(tokens: Tokens, metric_BNM: Tensor, num_out: int, num_prefix: int, matching: str) -> Tokens:
+def merge(
+    tokens: Tokens, metric_BNM: Tensor, num_out: int, num_prefix: int, matching: str
+) -> Tokens:
     """Merge the tokens that lose least until `num_out` are left, prefix included.
 
     Each round splits the patch tokens into alternating halves, gives every token of the first half its

@@ -7,7 +7,7 @@ the module's name. Rotary positions, windowed attention, gated MLPs and post-nor
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm.layers
 import torch
@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Any] = {
     "SiLU": nn.SiLU,
     "ReLU": nn.ReLU,
 }
+M = TypeVar("M", bound=nn.Module)
 #: What `_architecture` stores and `skeleton` takes.
 ARGUMENTS = frozenset(
     "img_size patch_size in_chans global_pool num_heads mlp_ratio qkv_bias qk_norm proj_bias init_values "  # noqa: SIM905
@@ -66,36 +67,34 @@ class TimmViT:
     # -- describing ------------------------------------------------------------------------------
 
     def describe(self, model: nn.Module) -> ViTShape:
-        model = _supported(model)
+        host = _supported(model)
         blocks: list[BlockShape] = []
-        tokens = first = _num_tokens(model)
-        for i in range(len(model.blocks)):
-            merging = isinstance(model.blocks, layers.BlockStack)
-            left = model.blocks.num_out(i, tokens) if merging else tokens
-            block = _block_shape(f"blocks.{i}", model.blocks[i], tokens, left)
+        tokens = first = _num_tokens(host)
+        stack = host.blocks if isinstance(host.blocks, layers.BlockStack) else None
+        for i in range(len(host.blocks)):
+            left = tokens if stack is None else stack.num_out(i, tokens)
+            block = _block_shape(f"blocks.{i}", host.blocks[i], tokens, left)
             blocks.append(block)
             tokens = block.num_tokens_out
-        head = model.blocks[0]
+        head = host.blocks[0]
         outer = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("blocks."))
         attn, mlp = head.attn, head.mlp
         return ViTShape(
             host=self.name,
-            architecture=_architecture(model),
-            name=str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")),
-            embed_dim=model.embed_dim,
-            num_prefix_tokens=model.num_prefix_tokens,
+            architecture=_architecture(host),
+            name=str((getattr(host, "pretrained_cfg", None) or {}).get("architecture", "")),
+            embed_dim=host.embed_dim,
+            num_prefix_tokens=host.num_prefix_tokens,
             num_tokens=first,
-            num_classes=model.num_classes,
+            num_classes=host.num_classes,
             outer_params=outer,
-            outer_macs=_outer_macs(model),
+            outer_macs=_outer_macs(host),
             block_params=_fixed_params(head),
             qkv_bias=_qkv_has_bias(attn),
             out_bias=attn.proj.bias is not None,
             mlp_bias=mlp.fc1.bias is not None,
             qk_norm=_norm_params_per_dim(attn),
-            matching=model.blocks.matching
-            if isinstance(model.blocks, layers.BlockStack)
-            else "ward",
+            matching="ward" if stack is None else stack.matching,
             blocks=tuple(blocks),
         )
 
@@ -114,7 +113,7 @@ class TimmViT:
         eps = kwargs.pop("norm_eps", 1e-6)
         try:
             with torch.device("meta"):
-                model = CLASSES[kind](
+                model: nn.Module = CLASSES[kind](
                     **kwargs,
                     depth=shape.depth,
                     embed_dim=shape.embed_dim,
@@ -128,7 +127,6 @@ class TimmViT:
                 f"timm cannot build {kind} from the stored arguments: {reason}",
                 "The artifact is damaged or from a newer version.",
             ) from error
-        model = cast(nn.Module, model)
         self.resize(model, shape)
         return model
 
@@ -287,12 +285,13 @@ def _block_shape(
         if not isinstance(getattr(part, name), nn.Identity | LayerScale):
             raise _unsupported(f"'{where}.{name}'", getattr(part, name), "only LayerScale is")
     attn, mlp = part.attn, part.mlp
-    if type(attn) is vision_transformer.Attention:
+    kinds = type(attn), type(mlp)
+    if kinds[0] is vision_transformer.Attention:
         if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
             raise _unsupported(f"'{where}.attn'", attn, "gated or normed attention outputs are not")
-    elif type(attn) is not layers.Attention:
+    elif kinds[0] is not layers.Attention:
         raise _unsupported(f"'{where}.attn'", attn, "only plain self-attention is")
-    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+    if kinds[1] is not Mlp or not isinstance(mlp.norm, nn.Identity):
         raise _unsupported(f"'{where}.mlp'", mlp, "only a plain two-layer MLP is")
     heads, qk, v = _head_sizes(attn)
     return BlockShape(
@@ -382,7 +381,7 @@ def _fixed_params(block: Any) -> int:
 
 def _norm_params_per_dim(attn: Any) -> int:
     total = sum(p.numel() for p in attn.q_norm.parameters())
-    return total // _head_sizes(attn)[1]
+    return int(total // _head_sizes(attn)[1])
 
 
 # -- architecture as data ------------------------------------------------------------------------
@@ -474,7 +473,7 @@ def _resize_mlp(mlp: Any, shape: ViTShape, want: BlockShape) -> None:
     mlp.fc2 = _materialise(fc2, weight).train(mlp.training)
 
 
-def _materialise(module: Any, like: Tensor) -> Any:
+def _materialise(module: M, like: Tensor) -> M:
     """Uninitialised storage of `like`'s device and dtype; building on meta leaves the RNG alone."""
     return module.to_empty(device=like.device).to(like.dtype)
 

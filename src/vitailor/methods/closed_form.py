@@ -19,20 +19,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from ..allocate import allocate_marginal, allocate_uniform
+from ..allocate import allocate_marginal, allocate_tuned, allocate_uniform
 from ..bases import rotate
 from ..budget import Budget
 from ..calibrate import BlockMoments, dense_sweep
 from ..criteria import Criterion, Order, magnitude, output_error, variance
 from ..errors import UsageError
 from ..gradients import taylor
-from ..harm import HarmModel, measure
+from ..harm import measure
 from ..hosts import host_of
 from ..orders import plan_for
 from ..plan import Plan
 from ..reconstruct import sequential_sweep
 from ..refine import distil
-from ..shape import ViTShape, revise
+from ..shape import Matching, ViTShape, revise
 from ..simulate import Simulator
 from ..sizes import Dimension, Steps
 from ..surgery import apply
@@ -60,7 +60,9 @@ class ClosedForm(Method):
             would be cut twice.
         matching: how tokens are paired for merging, see `tokens.merge`.
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
-        harm_images: images on which the harm of cuts is measured.
+        harm_images: images on which the harm of each cut alone is measured.
+        tune_images: images on which whole plans are compared to correct for how cuts interact; 0 trusts
+            the sum of single harms.
         taylor_labels: "self" takes the model's own predictions as labels, "given" the data's.
         refine: epochs of label-free distillation on the calibration images afterwards; 0 for none.
         refine_lr: its learning rate.
@@ -72,9 +74,10 @@ class ClosedForm(Method):
     compensation: bool = True
     allocation: Literal["marginal", "uniform"] = "marginal"
     dimensions: Annotated[tuple[Dimension, ...], Field(min_length=1)] | None = None
-    matching: Literal["ward", "cosine"] = "ward"
+    matching: Matching = "ward"
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     harm_images: Annotated[int, Field(ge=1)] = 64
+    tune_images: Annotated[int, Field(ge=0)] = 128
     taylor_labels: Literal["self", "given"] = "self"
     refine: Annotated[int, Field(ge=0)] = 0
     refine_lr: Annotated[float, Field(gt=0)] = 1e-5
@@ -155,28 +158,34 @@ class ClosedForm(Method):
     ) -> tuple[ViTShape, dict[str, Any]]:
         dimensions, steps = self._dimensions(shape), Steps.for_shape(shape)
         facts: dict[str, Any] = {}
-        harm: HarmModel | None = None
-        if self.allocation == "marginal" and not _keeps_all(task.budget, shape):
-            simulator = Simulator(
-                model,
-                moments,
-                orders,
-                task.batches(self.harm_images),
-                self.ridge if self.compensation else None,
-                self.matching,
-            )
-            harm = measure(simulator, dimensions, steps)
-            facts["harm_evaluations"] = simulator.evaluations
 
-        def allocate(metric: str, limit: int) -> ViTShape:
-            if harm is None:
-                return allocate_uniform(shape, metric, limit, dimensions, steps)
-            return allocate_marginal(harm, metric, limit, dimensions, steps)
+        def simulator(images: int) -> Simulator:
+            ridge = self.ridge if self.compensation else None
+            batches = task.batches(images)
+            return Simulator(model, moments, orders, batches, ridge, self.matching)
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
             return task.stopwatch([apply(model, plan_for(shape, s, orders)) for s in shapes])
 
-        return within(task.budget, shape, allocate, milliseconds), facts
+        if self.allocation == "uniform" or _keeps_all(task.budget, shape):
+
+            def uniform(metric: str, limit: int) -> ViTShape:
+                return allocate_uniform(shape, metric, limit, dimensions, steps)
+
+            return within(task.budget, shape, uniform, milliseconds), facts
+
+        single = simulator(self.harm_images)
+        harm = measure(single, dimensions, steps)
+        together = simulator(self.tune_images) if self.tune_images else single
+
+        def marginal(metric: str, limit: int) -> ViTShape:
+            if not self.tune_images:
+                return allocate_marginal(harm, metric, limit, dimensions, steps)
+            return allocate_tuned(harm, together, metric, limit, dimensions, steps)
+
+        target = within(task.budget, shape, marginal, milliseconds)
+        facts["harm_evaluations"] = single.evaluations + together.evaluations
+        return target, facts
 
 
 def _keeps_all(budget: Budget, shape: ViTShape) -> bool:

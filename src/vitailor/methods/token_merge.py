@@ -5,13 +5,13 @@ Needs no images: nothing is measured and no weight changes.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from ..allocate import allocate_uniform
 from ..budget import Budget
 from ..errors import UsageError
 from ..plan import BlockPlan, Plan
-from ..shape import ViTShape, revise
+from ..shape import Matching, ViTShape, revise
 from ..sizes import Steps
 from ..surgery import apply
 from .base import Method, Outcome, Task, within
@@ -27,7 +27,7 @@ class TokenMerge(Method):
     name: ClassVar[str] = "token-merge"
     needs_images: ClassVar[bool] = False
 
-    matching: Literal["cosine", "ward"] = "cosine"
+    matching: Matching = "cosine"
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
         if budget.metric == "params":
@@ -40,7 +40,10 @@ class TokenMerge(Method):
         steps = Steps.for_shape(dense)
 
         def plan_of(shape: ViTShape) -> Plan:
-            counts = [b.num_tokens_out if b.num_tokens_out < b.num_tokens_in else None for b in shape.blocks]
+            counts = [
+                b.num_tokens_out if b.num_tokens_out < b.num_tokens_in else None
+                for b in shape.blocks
+            ]
             blocks = tuple(BlockPlan(num_tokens_out=count) for count in counts)
             return Plan(blocks=blocks, matching=self.matching)
 
