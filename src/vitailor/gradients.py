@@ -44,7 +44,8 @@ def taylor(model: nn.Module, batches: Batches, use_labels: bool) -> list[Importa
     try:
         for batch in batches:
             with torch.enable_grad():
-                logits = model(images_of(batch).to(device))
+                # Through the images, so that a frozen model has gradients too.
+                logits = model(images_of(batch).to(device).detach().requires_grad_())
                 labels = batch[1].to(device) if use_labels else logits.argmax(-1)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 grads = torch.autograd.grad(loss, list(seen.values()))

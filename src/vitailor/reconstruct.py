@@ -62,9 +62,11 @@ def _refit(tensors: Tensors, name: str, kept: list[int], inputs: Moments, ridge:
     old = tensors[f"{name}.weight"]
     weight = old.double().flatten(1)
     index = torch.tensor(kept, device=weight.device)
-    new = regress_on_kept(weight, inputs.covariance, index, ridge)
-    refit = {f"{name}.weight": new.to(old.dtype)}
     bias = tensors.get(f"{name}.bias")
+    # Without a bias that takes up the means, the weights must fit these too.
+    second = inputs.covariance if bias is not None else inputs.second / inputs.count
+    new = regress_on_kept(weight, second, index, ridge)
+    refit = {f"{name}.weight": new.to(old.dtype)}
     if bias is not None:
         shift = weight @ inputs.mean - new @ inputs.mean[index]
         refit[f"{name}.bias"] = (bias.double() + shift).to(bias.dtype)
