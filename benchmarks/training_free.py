@@ -159,8 +159,9 @@ def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None
         place = {name: i for i, name in enumerate(validation.names)}
         facts = {"conditions": environment, "few": [place[name] for name in few.names]}
         record("dense", 1.0, model, validation, facts)
-    for label, (method, full) in methods().items():
-        for keep in case.keeps:
+    # The budgets that matter most come first, in case the run is cut off.
+    for keep in sorted(case.keeps, key=lambda keep: abs(keep - 0.5)):
+        for label, (method, full) in methods().items():
             if (name, label, keep) in done or (only and label not in only):
                 continue
             small = compress(

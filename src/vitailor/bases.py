@@ -37,7 +37,7 @@ def rotate(model: nn.Module, moments: list[BlockMoments]) -> tuple[nn.Module, li
         new = copy.copy(found)
         if not shape.qk_norm:
             _rotate_queries_keys(tensors, found, new)
-        _rotate_values(tensors, found, new)
+        _rotate_values(tensors, found, new, block.gains()[0])
         _write_back(host.read(block), tensors)
         host.write(block, tensors, shape.blocks[i].ranks)
         after.append(new)
@@ -55,12 +55,15 @@ def _rotate_queries_keys(tensors: Tensors, found: BlockMoments, new: BlockMoment
     new.key = to_k.mT @ found.key @ to_k
 
 
-def _rotate_values(tensors: Tensors, found: BlockMoments, new: BlockMoments) -> None:
+def _rotate_values(
+    tensors: Tensors, found: BlockMoments, new: BlockMoments, gain: Tensor | None
+) -> None:
     heads, v, _ = tensors["v.weight"].shape
     out_DHV = tensors["out.weight"]
     covariance = found.mixed.covariance.unflatten(0, (heads, v)).unflatten(2, (heads, v))
     own_HVV = torch.stack([covariance[h, :, h] for h in range(heads)])
-    gram_HVV = torch.einsum("dhv,dhw->hvw", out_DHV, out_DHV)
+    seen_DHV = out_DHV if gain is None else out_DHV * gain.double()[:, None, None]
+    gram_HVV = torch.einsum("dhv,dhw->hvw", seen_DHV, seen_DHV)
     to_out, to_v = balanced_bases(gram_HVV, own_HVV)
     shift = torch.zeros(heads, v, dtype=torch.float64, device=out_DHV.device)
     if "v.bias" in tensors and "out.bias" in tensors:

@@ -78,17 +78,27 @@ def variance(moments: BlockMoments) -> Importance:
     )
 
 
-def output_error(tensors: Tensors, moments: BlockMoments, ridge: float) -> Order:
+def output_error(
+    tensors: Tensors,
+    moments: BlockMoments,
+    ridge: float,
+    gains: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Order:
     """Order by the error of the block's output after optimal linear compensation.
+
+    `gains` are the layer scales on the two halves' outputs, if there are any: an error there counts as
+    much as it reaches the residual stream.
 
     QK and V dims are expected in sorted bases (`bases.rotate`). Heads and neurons are removed backwards
     one after the other (`eliminate`).
     """
     heads, qk, _ = tensors["q.weight"].shape
     v = tensors["v.weight"].shape[1]
-    out = tensors["out.weight"].double().flatten(1)
+    out, fc2 = tensors["out.weight"].double().flatten(1), tensors["fc2.weight"].double()
+    out = out if gains[0] is None else out * gains[0].double().unsqueeze(1)
+    fc2 = fc2 if gains[1] is None else fc2 * gains[1].double().unsqueeze(1)
     gone_heads = eliminate(out, moments.mixed, ridge, group=v)
-    gone_neurons = eliminate(tensors["fc2.weight"].double(), moments.hidden, ridge)
+    gone_neurons = eliminate(fc2, moments.hidden, ridge)
     device = out.device
     return Order(
         heads=gone_heads.flip(0),

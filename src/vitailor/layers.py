@@ -196,6 +196,12 @@ class Block(nn.Module):
         y = self.attn(self.norm1(x_BND), attn_mask=attn_mask, is_causal=is_causal)
         return cast(Tensor, x_BND + self.drop_path1(self.ls1(y)))
 
+    def gains(self) -> tuple[Tensor | None, Tensor | None]:
+        """Layer scales (D,) on the outputs of the attention and of the MLP half, where there are any."""
+        scales = (getattr(half, "gamma", None) for half in (self.ls1, self.ls2))
+        first, second = (None if g is None else cast(Tensor, g).detach() for g in scales)
+        return first, second
+
     def feed(self, x_BND: Tensor) -> Tensor:
         return cast(Tensor, x_BND + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BND)))))
 

@@ -117,7 +117,8 @@ class ClosedForm(Method):
         stages = 4 + bool(self.refine)
         task.progress(0, stages)
         shape = revise(task.shape, matching=self.matching)
-        moments = dense_sweep(task.model, task.batches())
+        needs_moments = self.compensation or self.criterion in ("output_error", "variance")
+        moments = dense_sweep(task.model, task.batches()) if needs_moments else []
         model = task.model
         if self.criterion == "output_error":
             model, moments = rotate(task.model, moments)
@@ -138,10 +139,11 @@ class ClosedForm(Method):
 
     def _orders(self, task: Task, model: nn.Module, moments: list[BlockMoments]) -> list[Order]:
         host = host_of(model)
-        weights = [host.read(host.block(model, i)) for i in range(task.shape.depth)]
+        blocks = [host.block(model, i) for i in range(task.shape.depth)]
+        weights = [host.read(block) for block in blocks]
         if self.criterion == "output_error":
-            found = zip(weights, moments, strict=True)
-            return [output_error(tensors, own, self.ridge) for tensors, own in found]
+            found = zip(weights, moments, blocks, strict=True)
+            return [output_error(w, own, self.ridge, block.gains()) for w, own, block in found]
         if self.criterion == "magnitude":
             return [magnitude(tensors).order() for tensors in weights]
         if self.criterion == "variance":
