@@ -38,7 +38,9 @@ def allocate_uniform(
                 if dimension == "tokens":
                     per_block = cut * (patches - 1) / dense.depth
                     gone = round(per_block * (i + 1)) - round(per_block * i)
-                    size = shape.blocks[i].num_tokens_in - gone
+                    # Never more than a model that merges already leaves.
+                    left = shape.blocks[i].num_tokens_in - gone
+                    size = min(left, dense.blocks[i].num_tokens_out)
                 else:
                     size = _rounded(dense.blocks[i], dimension, 1 - cut, steps)
                 shape = with_size(shape, i, dimension, size)
@@ -108,14 +110,17 @@ def _grown(
     """One unit more, where the block has been cut."""
     block = shape.blocks[i]
     size: int = getattr(block, FIELDS[dimension])
-    full = (
-        block.num_tokens_in
-        if dimension == "tokens"
-        else getattr(dense.blocks[i], FIELDS[dimension])
-    )
+    full: int = getattr(dense.blocks[i], FIELDS[dimension])
+    if dimension == "tokens":
+        full = min(full, block.num_tokens_in)
     if size >= full:
         return None
-    return with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)))
+    grown = with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)))
+    for later, block in enumerate(dense.blocks):
+        # A model that merges already never gets tokens back.
+        if grown.blocks[later].num_tokens_out > block.num_tokens_out:
+            grown = with_size(grown, later, "tokens", block.num_tokens_out)
+    return grown
 
 
 def allocate_marginal(
@@ -215,15 +220,20 @@ class _Solver:
     ) -> None:
         self.harm, self.metric, self.dense = harm, metric, harm.dense
         full, floor = self.dense.num_tokens, self.dense.num_prefix_tokens + 1
-        counts = grid(self.dense, 0, "tokens", steps) if "tokens" in dimensions else [full]
-        stride = max(1, len(counts) // 64)
-        self.counts = np.array(
-            sorted({floor, full, *counts[::-stride]} if len(counts) > 1 else counts)
-        )
+        # What the model itself leaves in each block; more than one count if it merges already.
+        left = [b.num_tokens_out for b in self.dense.blocks]
+        counts = {full, *left}
+        if "tokens" in dimensions:
+            sizes = grid(self.dense, 0, "tokens", steps)
+            counts |= {floor, *sizes[:: -max(1, len(sizes) // 64)]}
+        n = self.counts = np.array(sorted(counts))
+        merges = n[:, None] >= n[None, :]
+        self.allowed = [
+            merges & ((n <= out) if "tokens" in dimensions else (n == out)) for out in left
+        ]
         self.attn = [self._attention(i, dimensions, steps) for i in range(self.dense.depth)]
         self.mlp = [self._mlp(i, dimensions, steps) for i in range(self.dense.depth)]
         self.tokens = [harm.table(i, "tokens", self.counts) for i in range(self.dense.depth)]
-        n = self.counts
         pairs = [[similarity_pairs(a - floor + 1, a - b) if b < a else 0 for b in n] for a in n]
         unit = self.dense.embed_dim if metric == "macs" else 0
         self.merging = np.array(pairs, dtype=float) * unit / cost(self.dense, metric)
@@ -231,7 +241,6 @@ class _Solver:
     def solve(self, price: float) -> ViTShape:
         """The shape that minimises harm + price * cost / dense cost."""
         n = self.counts
-        allowed = n[:, None] >= n[None, :]
         weight, price = (0.0, 1.0) if np.isinf(price) else (1.0, price)
         value = np.where(n == self.dense.num_tokens, 0.0, np.inf)
         history: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
@@ -242,7 +251,7 @@ class _Solver:
                 self.tokens[i][None, :] - self.tokens[i][:, None]
             )
             through = (value + attn)[:, None] + step + mlp[None, :]
-            through = np.where(allowed, through, np.inf)
+            through = np.where(self.allowed[i], through, np.inf)
             came_from = through.argmin(0)
             value = through[came_from, np.arange(len(n))]
             history.append((came_from, attn_choice, mlp_choice))

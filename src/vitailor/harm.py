@@ -113,7 +113,8 @@ def _interpolate(full: int, sizes: list[int], harms: list[float]) -> Curve:
     slope = (root[-1] - root[-2]) / (removed[-1] - removed[-2])
 
     def curve(size: NDArray[np.float64]) -> NDArray[np.float64]:
-        gone = full - size
+        # More than the model has, as for tokens that it merges already, harms no less than none.
+        gone = np.maximum(full - size, 0.0)
         inside = spline(np.minimum(gone, removed[-1]))
         beyond = np.maximum(gone - removed[-1], 0.0) * slope
         return np.asarray((inside + beyond) ** 2)
