@@ -74,7 +74,7 @@ def methods() -> dict[str, tuple[Method, bool]]:
     """Name -> method, and whether it is evaluated on all images."""
     rows: dict[str, tuple[Method, bool]] = {
         "closed-form": (ClosedForm(), True),
-        "token merging, constant r (ToMe)": (TokenMerge(), True),
+        "token merging, constant r (ToMe)": (TokenMerge(), False),
         "token merging, constant r, Ward": (TokenMerge(matching="ward"), False),
         "closed-form without compensation": (ClosedForm(compensation=False), False),
         "closed-form, uniform": (ClosedForm(allocation="uniform"), False),

@@ -57,7 +57,9 @@ def smallest(kind: str, dense: ViTShape, dimensions: tuple[Dimension, ...]) -> V
     return found
 
 
-def bigger(found: ViTShape, dense: ViTShape, dimensions: tuple[Dimension, ...]) -> list[ViTShape]:
+def bigger(
+    found: ViTShape, dense: ViTShape, dimensions: tuple[Dimension, ...], steps: Steps = STEPS
+) -> list[ViTShape]:
     """The shape with one unit given back, in every way there is."""
     grown = []
     for i, dimension in product(range(dense.depth), dimensions):
@@ -65,7 +67,7 @@ def bigger(found: ViTShape, dense: ViTShape, dimensions: tuple[Dimension, ...]) 
         full = getattr(dense.blocks[i], FIELDS[dimension])
         full = min(full, found.blocks[i].num_tokens_in) if dimension == "tokens" else full
         if size < full:
-            size = min(full, size + getattr(STEPS, dimension))
+            size = min(full, size + getattr(steps, dimension))
             more = with_size(found, i, dimension, size)
             for j, before in enumerate(dense.blocks):  # never more tokens than there were
                 out = min(more.blocks[j].num_tokens_out, before.num_tokens_out)

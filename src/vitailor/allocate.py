@@ -59,17 +59,32 @@ def _rounded(block: BlockShape, dimension: Dimension, keep: float, steps: Steps)
 def _largest_within(at: Callable[[float], ViTShape], metric: str, limit: int) -> ViTShape:
     """The shape of the least cut in [0, 1] whose cost is within the limit, by bisection."""
     low, high = 0.0, 1.0
-    least = at(high)
+    _require(at(high), metric, limit)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle), metric) <= limit else (middle, high)
+    return at(high)
+
+
+def require_reachable(
+    dense: ViTShape, metric: str, limit: int, dimensions: Sequence[Dimension], steps: Steps
+) -> None:
+    """Tell whether `allocate_marginal` can meet a budget, before any harm is measured.
+
+    Raises:
+        BudgetError: when the smallest sizes still cost too much.
+    """
+    least = _Solver(HarmModel(dense, {}), metric, dimensions, steps).solve(np.inf)
+    _require(least, metric, limit)
+
+
+def _require(least: ViTShape, metric: str, limit: int) -> None:
     if cost(least, metric) > limit:
         raise BudgetError(
             f"No plan meets {limit:,} {metric}: the smallest model these dimensions allow has "
             f"{cost(least, metric):,}.",
             "Ask for more, or allow more dimensions to be cut.",
         )
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(at(middle), metric) <= limit else (middle, high)
-    return at(high)
 
 
 def fill(

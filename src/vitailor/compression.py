@@ -159,7 +159,8 @@ def _prepare(
     home = next(model.parameters()).device
     target = torch.device(device) if device is not None else home
     # The caller's model is never moved: work on another device happens on a copy.
-    working = model if target == home and not model.training else copy.deepcopy(model).to(target)
+    as_it_is = target == home and not any(module.training for module in model.modules())
+    working = model if as_it_is else copy.deepcopy(model).to(target)
     return Task(
         model=working.eval(),
         shape=shape,

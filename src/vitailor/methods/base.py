@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from ..budget import Budget, cost
 from ..calibrate import Batches
 from ..data import ImageSet, loader
 from ..errors import BudgetError, DataError, UsageError
 from ..plan import Plan
-from ..shape import ViTShape, describe_validation_error
+from ..shape import Matching, ViTShape, describe_validation_error, revise
 
 #: Small batches stay in a CPU's cache and are fastest there; a GPU is far from full either way.
 BATCH_SIZE = 16
@@ -57,7 +57,20 @@ class Task:
         images = self.data
         if limit is not None and limit < len(images):
             images = images.draw(limit, self.seed)
-        return loader(images, batch_size=BATCH_SIZE)
+        dtype = next(self.model.parameters()).dtype
+        return _Cast(loader(images, batch_size=BATCH_SIZE), dtype)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Batches in the model's precision."""
+
+    batches: Iterable[tuple[Tensor, Tensor]]
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.batches:
+            yield images.to(self.dtype), labels
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,19 @@ class Method(BaseModel):
         """Compress."""
 
 
+def keeps_all(budget: Budget, shape: ViTShape) -> bool:
+    """Whether the model is within the budget as it is, which then leaves it as it is."""
+    if budget.metric not in ("macs", "params"):
+        return False
+    return budget.limit(shape) >= cost(shape, budget.metric)
+
+
+def with_matching(shape: ViTShape, matching: Matching) -> ViTShape:
+    """The shape with this rule for pairing tokens; a model that merges already keeps its own."""
+    merges = any(b.num_tokens_out < b.num_tokens_in for b in shape.blocks)
+    return shape if merges else revise(shape, matching=matching)
+
+
 def within(
     budget: Budget,
     dense: ViTShape,
@@ -126,6 +152,7 @@ def within(
     if budget.metric in ("macs", "params"):
         return allocate(budget.metric, budget.limit(dense))
     best: ViTShape | None = None
+    full: float | None = None
     low, high = 0.02, 1.0
     for _ in range(8):
         middle = (low + high) / 2
@@ -141,8 +168,9 @@ def within(
         else:
             high = middle
     if best is None:
+        taken = "" if full is None else f": the dense model takes {full:.2f} ms here"
         raise BudgetError(
-            f"No plan found runs within {budget}: the dense model takes {full:.2f} ms here.",
+            f"No plan found runs within {budget}{taken}.",
             "Ask for more time, or allow more dimensions to be cut.",
         )
     return best

@@ -13,13 +13,19 @@ The same code makes the usual baselines: other criteria, no compensation, unifor
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
-from ..allocate import allocate_marginal, allocate_tuned, allocate_uniform
+from ..allocate import (
+    allocate_marginal,
+    allocate_tuned,
+    allocate_uniform,
+    require_reachable,
+)
 from ..bases import rotate
 from ..budget import Budget
 from ..calibrate import BlockMoments, dense_sweep
@@ -32,11 +38,11 @@ from ..orders import plan_for
 from ..plan import Plan
 from ..reconstruct import sequential_sweep
 from ..refine import distil
-from ..shape import Matching, ViTShape, revise
+from ..shape import Matching, ViTShape
 from ..simulate import Simulator
 from ..sizes import Dimension, Steps
 from ..surgery import apply
-from .base import Method, Outcome, Task, within
+from .base import Method, Outcome, Task, keeps_all, with_matching, within
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,32 @@ class ClosedForm(Method):
         return self.criterion == "taylor" and self.taylor_labels == "given"
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
-        if budget.metric == "params" and set(self._dimensions(shape)) == {"tokens"}:
+        dimensions = set(self._dimensions(shape))
+        if not dimensions:
+            raise UsageError(
+                "The model normalises queries and keys, so their dims cannot be cut.",
+                "Allow other dimensions.",
+            )
+        if budget.metric == "params" and dimensions == {"tokens"}:
             raise UsageError(
                 "Merging tokens removes no parameters.",
                 "Allow other dimensions, or give a budget in MACs.",
             )
+        if budget.metric in ("macs", "params"):
+            sizes = (self._dimensions(shape), Steps.for_shape(shape))
+            if self.allocation == "uniform":
+                allocate_uniform(shape, budget.metric, budget.limit(shape), *sizes)
+            else:
+                require_reachable(shape, budget.metric, budget.limit(shape), *sizes)
 
     def plan(self, task: Task) -> Plan:
+        if keeps_all(task.budget, task.shape):
+            return Plan.identity(task.shape)
         return self._prepare(task).plan
 
     def run(self, task: Task) -> Outcome:
+        if keeps_all(task.budget, task.shape):
+            return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
         stages = 4 + bool(self.refine)
         ready = self._prepare(task)
         task.progress(3, stages)
@@ -116,7 +138,7 @@ class ClosedForm(Method):
         """Steps 1 to 3: everything up to the plan."""
         stages = 4 + bool(self.refine)
         task.progress(0, stages)
-        shape = revise(task.shape, matching=self.matching)
+        shape = with_matching(task.shape, self.matching)
         needs_moments = self.compensation or self.criterion in ("output_error", "variance")
         moments = dense_sweep(task.model, task.batches()) if needs_moments else []
         model = task.model
@@ -164,12 +186,12 @@ class ClosedForm(Method):
         def simulator(images: int) -> Simulator:
             ridge = self.ridge if self.compensation else None
             batches = task.batches(images)
-            return Simulator(model, moments, orders, batches, ridge, self.matching)
+            return Simulator(model, moments, orders, batches, ridge, shape.matching)
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
             return task.stopwatch([apply(model, plan_for(shape, s, orders)) for s in shapes])
 
-        if self.allocation == "uniform" or _keeps_all(task.budget, shape):
+        if self.allocation == "uniform":
 
             def uniform(metric: str, limit: int) -> ViTShape:
                 return allocate_uniform(shape, metric, limit, dimensions, steps)
@@ -188,9 +210,3 @@ class ClosedForm(Method):
         target = within(task.budget, shape, marginal, milliseconds)
         facts["harm_evaluations"] = single.evaluations + together.evaluations
         return target, facts
-
-
-def _keeps_all(budget: Budget, shape: ViTShape) -> bool:
-    return budget.metric in ("macs", "params") and budget.limit(shape) >= (
-        shape.macs if budget.metric == "macs" else shape.params
-    )

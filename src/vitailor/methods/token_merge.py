@@ -11,10 +11,10 @@ from ..allocate import allocate_uniform
 from ..budget import Budget
 from ..errors import UsageError
 from ..plan import BlockPlan, Plan
-from ..shape import Matching, ViTShape, revise
+from ..shape import Matching, ViTShape
 from ..sizes import Steps
 from ..surgery import apply
-from .base import Method, Outcome, Task, within
+from .base import Method, Outcome, Task, keeps_all, with_matching, within
 
 
 class TokenMerge(Method):
@@ -34,9 +34,14 @@ class TokenMerge(Method):
             raise UsageError(
                 "Merging tokens removes no parameters.", "Give a budget in MACs or latency."
             )
+        if budget.metric == "macs":
+            limit = budget.limit(shape)
+            allocate_uniform(shape, "macs", limit, ("tokens",), Steps.for_shape(shape))
 
     def plan(self, task: Task) -> Plan:
-        dense = revise(task.shape, matching=self.matching)
+        if keeps_all(task.budget, task.shape):
+            return Plan.identity(task.shape)
+        dense = with_matching(task.shape, self.matching)
         steps = Steps.for_shape(dense)
 
         def plan_of(shape: ViTShape) -> Plan:
@@ -45,7 +50,7 @@ class TokenMerge(Method):
                 for b in shape.blocks
             ]
             blocks = tuple(BlockPlan(num_tokens_out=count) for count in counts)
-            return Plan(blocks=blocks, matching=self.matching)
+            return Plan(blocks=blocks, matching=dense.matching)
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
             return task.stopwatch([apply(task.model, plan_of(shape)) for shape in shapes])
