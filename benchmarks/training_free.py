@@ -129,12 +129,17 @@ def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None
         str(data / case.calibration), preprocessing, images=case.images, seed=0, split="train"
     )
     validation = open_images(
-        str(data / case.validation), preprocessing, num_classes=model.num_classes, labels_needed=True
+        str(data / case.validation),
+        preprocessing,
+        num_classes=model.num_classes,
+        labels_needed=True,
     )
     few = validation.draw(FEW, 0) if len(validation) > FEW else validation
     done = {(row["case"], row["method"], row["keep"]) for row in read(log)}
 
-    def record(method: str, keep: float, small: torch.nn.Module, images: ImageSet, facts: dict) -> None:
+    def record(
+        method: str, keep: float, small: torch.nn.Module, images: ImageSet, facts: dict
+    ) -> None:
         started = time.perf_counter()
         found = evaluate(small, images)
         row = {

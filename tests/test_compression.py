@@ -109,8 +109,7 @@ def test_a_plain_smaller_model_within_the_budget(key, tmp_path):
 @pytest.mark.parametrize("key", METHODS)
 def test_the_input_and_the_world_stay_as_they_are(key):
     model = make()
-    model.train()
-    model.blocks[0].eval()
+    model.blocks[0].train()
     model.head.weight.requires_grad_(False)
     untouched = copy.deepcopy(model)
     training = [module.training for module in model.modules()]
@@ -124,6 +123,16 @@ def test_the_input_and_the_world_stay_as_they_are(key):
     assert not hasattr(model, "vitailor")
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_in_training_is_compressed_as_in_evaluation():
+    model = make(drop_path_rate=0.5, proj_drop_rate=0.5)
+    expected = small_of("default", vt.Budget(macs=0.7), model)
+    model.train()
+    small = small_of("default", vt.Budget(macs=0.7), model)
+    assert model.training
+    assert same_state(small, expected)
+    assert not small.training
 
 
 @pytest.mark.parametrize("key", ["default", "taylor, labels", "refined", "token-merge"])

@@ -48,7 +48,10 @@ def distil(
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / (epochs * count)))
             optimizer.step()
             step += 1
-            total, images_seen = total + float(loss.detach()) * len(images), images_seen + len(images)
+            total, images_seen = (
+                total + float(loss.detach()) * len(images),
+                images_seen + len(images),
+            )
         losses.append(total / images_seen)
     optimizer.zero_grad()
     return {"epochs": epochs, "first_loss": losses[0], "last_loss": losses[-1]}
