@@ -64,4 +64,13 @@ def plans(draw: st.DrawFn, shape: ViTShape, *, tokens: bool = True, ranks: bool 
         plan = draw(block_plans(shape, block, arriving, tokens, ranks))
         blocks.append(plan)
         arriving = plan.result(block, arriving, shape.embed_dim, "block").num_tokens_out
-    return Plan(blocks=tuple(blocks))
+    if arriving == shape.num_tokens:  # nothing is merged
+        return Plan(blocks=tuple(blocks))
+    rules = ["ward", "cosine"]
+    if all(plan.heads is None for plan in blocks):
+        rules.append("attention")  # weighs by the heads that are left, which no mask imitates
+    return Plan(
+        blocks=tuple(blocks),
+        matching=draw(maybe(st.sampled_from(rules))),
+        match_features=draw(maybe(per_head(shape.depth, shape.embed_dim))),
+    )

@@ -62,7 +62,8 @@ def test_cost_of_one_block_written_out():
     linears = n * (2 * (11 + 12) + 11 * 12 + 11 * 18 + 5 * (18 + d))
     attention = 2 * n * n * 3 * 6  # queries and keys are padded to the value dim
     mlp = m * (9 * 20 + 3 * (20 + d))
-    similarity = 5 * 4 * d  # 9 patch tokens in halves of 5 and 4
+    # 9 patch tokens in halves of 5 and 4, then 7 in halves of 4 and 3, by two and by one
+    similarity = (5 * 4 + 4 * 3) * d
     assert found.block_macs(0) == linears + attention + mlp + similarity
     assert found.macs == 1000 + found.block_macs(0)
     weights = 2 * (11 + 12) + 11 * 12 + 11 * 18 + 5 * (18 + d) + 9 * 20 + 3 * (20 + d)
@@ -84,11 +85,21 @@ def test_attention_runs_at_the_larger_of_the_head_dims():
 
 
 @pytest.mark.parametrize(
-    ("patches", "merged", "pairs"),
-    [(9, 0, 0), (9, 1, 20), (9, 5, 20), (9, 6, 20 + 4), (9, 8, 20 + 4 + 1), (1, 0, 0), (2, 1, 1)],
+    ("patches", "merged", "at_once", "gently"),
+    [
+        (9, 0, 0, 0),
+        (9, 1, 20, 20),
+        (9, 5, 20, 20 + 4 * 3 + 3 * 2),
+        (9, 6, 20 + 4, 20 + 4 * 3 + 3 * 2),
+        (9, 8, 20 + 4 + 1, 20 + 4 * 3 + 3 * 2 + 2 * 1),
+        (1, 0, 0, 0),
+        (2, 1, 1, 1),
+    ],
 )
-def test_similarity_pairs(patches, merged, pairs):
-    assert similarity_pairs(patches, merged) == pairs
+def test_similarity_pairs(patches, merged, at_once, gently):
+    assert similarity_pairs(patches, merged, "cosine") == at_once
+    assert similarity_pairs(patches, merged, "ward") == gently
+    assert similarity_pairs(patches, merged, "attention") == gently
 
 
 @given(st.data())

@@ -16,7 +16,7 @@ from conftest import build, images
 from test_surgery import KINDS
 from vitailor import simulate
 from vitailor.calibrate import dense_sweep
-from vitailor.criteria import Order, variance
+from vitailor.criteria import Order, variance, with_match_features
 from vitailor.hosts import host_of, shape_of
 from vitailor.orders import plan_for
 from vitailor.plan import BlockPlan, Plan
@@ -38,7 +38,7 @@ MOMENTS = {kind: dense_sweep(m, BATCHES[kind]) for kind, m in MODELS.items()}
 
 
 def orders_of(kind: str) -> list[Order]:
-    return [variance(found).order() for found in MOMENTS[kind]]
+    return [with_match_features(variance(found).order(), found) for found in MOMENTS[kind]]
 
 
 def simulator_of(kind: str, ridge: float | None, **settings: Any) -> Simulator:
@@ -80,10 +80,11 @@ def shapes(draw: st.DrawFn, dense: ViTShape) -> ViTShape:
 @given(st.data(), st.sampled_from(list(KINDS)), st.sampled_from([None, 1e-3]))
 @settings(max_examples=60)
 def test_outputs_are_those_of_the_rebuilt_model(data, kind, ridge):
-    matching = data.draw(st.sampled_from(["ward", "cosine"]))
-    dense = revise(shape_of(MODELS[kind]), matching=matching)
+    matching = data.draw(st.sampled_from(["attention", "ward", "cosine"]))
+    compared = data.draw(st.none() | st.integers(1, 16))
+    dense = revise(shape_of(MODELS[kind]), matching=matching, match_features=compared)
     shape = data.draw(shapes(dense))
-    simulator = simulator_of(kind, ridge, matching=matching)
+    simulator = simulator_of(kind, ridge, matching=matching, compared=compared)
     with pytest.MonkeyPatch.context() as patch:
         seen: list[Tensor] = []
 

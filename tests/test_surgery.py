@@ -76,8 +76,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             attn.qkv.weight.mul_(indicator(p.attn_features, attn.qkv.in_features))
         if p.mlp_features is not None:
             mlp.fc1.weight.mul_(indicator(p.mlp_features, mlp.fc1.in_features))
-    merging = Plan(blocks=tuple(BlockPlan(num_tokens_out=p.num_tokens_out) for p in plan.blocks))
-    return surgery.apply(model, merging)
+    merging = tuple(BlockPlan(num_tokens_out=p.num_tokens_out) for p in plan.blocks)
+    return surgery.apply(model, plan.model_copy(update={"blocks": merging}))
 
 
 def indicator(kept: tuple[int, ...], n: int) -> Tensor:
@@ -206,7 +206,9 @@ def test_order_of_units_does_not_matter(data):
             blocks.append(p.model_copy(update=changes))
     with torch.inference_mode():
         expected = surgery.apply(model, plan)(X)
-        assert_equal(surgery.apply(shuffled, Plan(blocks=tuple(blocks)))(X), expected)
+        assert_equal(
+            surgery.apply(shuffled, plan.model_copy(update={"blocks": tuple(blocks)}))(X), expected
+        )
 
 
 # -- compressing what is compressed --------------------------------------------------------------

@@ -15,9 +15,9 @@ from vitailor import surgery, tokens
 from vitailor.hosts import shape_of
 from vitailor.layers import Block, BlockStack
 from vitailor.plan import BlockPlan, Plan
-from vitailor.shape import similarity_pairs
+from vitailor.shape import merge_rounds, similarity_pairs
 
-MATCHINGS = ("ward", "cosine")
+MATCHINGS = ("attention", "ward", "cosine")
 matchings = st.sampled_from(MATCHINGS)
 
 
@@ -32,7 +32,10 @@ def merged(
     state = tokens.start(x)
     for n in num_out:
         by = state.x if metric is None else metric
-        state = tokens.merge(state, by, n, prefix, matching)
+        attention = None
+        if matching == "attention" and prefix:
+            attention = random(*by.shape[:2], seed=n).softmax(-1)
+        state = tokens.merge(state, by, n, prefix, matching, attention)
     return state
 
 
@@ -90,7 +93,7 @@ def test_detached_bookkeeping_holds_no_features():
 
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_unmerging_merged_equal_tokens_is_the_identity(matching):
-    # Pairs of equal tokens next to each other fall into different halves.
+    # Pairs of equal tokens next to each other fall into different halves, in the first round and later.
     patches = random(2, 5, 4).repeat_interleave(2, dim=1)
     x = torch.cat([random(2, 1, 4, seed=1), patches], dim=1)
     state = merged(x, 6, matching=matching)
@@ -106,16 +109,56 @@ def test_reduction_to_one_patch_token(matching, patches):
     torch.testing.assert_close(state.x[:, 2], x[:, 2:].mean(1))
     with FlopCounterMode(display=False) as counter:
         merged(x, 3, prefix=2, matching=matching)
-    assert counter.get_total_flops() == 2 * 2 * 4 * similarity_pairs(patches, patches - 1)
+    assert counter.get_total_flops() == 2 * 2 * 4 * similarity_pairs(patches, patches - 1, matching)
 
 
-@given(st.integers(1, 24), st.data())
-def test_similarities_are_as_many_as_counted(patches, data):
+@given(st.integers(1, 24), matchings, st.data())
+def test_similarities_are_as_many_as_counted(patches, matching, data):
     left = data.draw(st.integers(1, patches))
     x = random(1, 1 + patches, 6)
     with FlopCounterMode(display=False) as counter:
-        merged(x, 1 + left)
-    assert counter.get_total_flops() == 2 * 6 * similarity_pairs(patches, patches - left)
+        merged(x, 1 + left, matching=matching)
+    pairs = similarity_pairs(patches, patches - left, matching)
+    assert counter.get_total_flops() == 2 * 6 * pairs
+
+
+@given(cases())
+def test_tokens_keep_their_order(case):
+    """In one round the second half stays in its order, and so do the tokens that find no partner."""
+    x, prefix = case["x"], case["prefix"]
+    patches = x.shape[1] - prefix
+    one_round = max(1, patches // 4) if case["matching"] == "cosine" else 1
+    if patches < 2:
+        return
+    state = merged(x, x.shape[1] - one_round, prefix=prefix, matching=case["matching"])
+    for row, size in zip(state.source, state.size, strict=True):
+        assert (row[prefix + 1 :: 2].diff() > 0).all()
+        alone = row[size[row] == 1]
+        assert (alone.diff() > 0).all()
+
+
+@given(st.integers(1, 60), matchings, st.data())
+def test_rounds_add_up_and_take_at_most_half(patches, matching, data):
+    gone = data.draw(st.integers(0, patches - 1))
+    rounds, left = merge_rounds(patches, gone, matching), patches
+    for merged_now in rounds:
+        assert 1 <= merged_now <= left - left // 2
+        left -= merged_now
+    assert patches - left == gone
+    if matching == "cosine" and gone <= (patches + 1) // 2:
+        assert len(rounds) == bool(gone)
+    if matching != "cosine" and gone <= patches // 8:
+        assert len(rounds) <= 4
+
+
+def test_gentle_rounds_merge_more_alike_tokens_than_one():
+    """What four rounds lose of the variance between tokens is less than what one round loses."""
+    x = random(16, 64, 8).cumsum(1)  # neighbours resemble each other
+    lost = {}
+    for matching in ("ward", "cosine"):
+        state = merged(x, 32, prefix=0, matching=matching)
+        lost[matching] = float((tokens.unmerge(state) - x).square().sum())
+    assert lost["ward"] < lost["cosine"]
 
 
 def test_the_most_similar_pair_goes_first():
@@ -145,10 +188,26 @@ def test_ward_spares_large_groups_and_cosine_does_not():
 def test_affinity_written_out():
     x, size = random(1, 5, 3), torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
     cosine = F.cosine_similarity(x[0, ::2, None], x[0, None, 1::2], dim=-1)
-    torch.testing.assert_close(tokens.affinity(x, size, "cosine")[0], cosine)
+    torch.testing.assert_close(tokens.affinity(x, None)[0], cosine)
     a, b = size[0, ::2, None], size[0, None, 1::2]
     ward = -(1 - cosine) * a * b / (a + b)
-    torch.testing.assert_close(tokens.affinity(x, size, "ward")[0], ward)
+    torch.testing.assert_close(tokens.affinity(x, size)[0], ward)
+
+
+def test_shares_add_members_and_attention():
+    size, attention = torch.tensor([[1.0, 1.0, 3.0]]), torch.tensor([[0.6, 0.3, 0.1]])
+    found = tokens.shares(size, attention, 1)[0, 1:]
+    torch.testing.assert_close(found, torch.tensor([0.25 + 0.75, 0.75 + 0.25]))
+
+
+def test_what_the_class_token_looks_at_is_spared():
+    """Two equally alike pairs; the one that is looked at stays apart."""
+    x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [0.2, 1.0]]])
+    for looked_at, survivors in ((1, [0, 1, 2, 3, 3]), (3, [0, 1, 1, 2, 3])):
+        attention = torch.full((1, 5), 0.1)
+        attention[0, looked_at] = 0.6
+        state = tokens.merge(tokens.start(x), x, 4, 1, "attention", attention)
+        assert state.source.tolist() == [survivors]
 
 
 def test_nothing_merged_needs_no_bias():
@@ -248,3 +307,59 @@ def test_other_sizes_rescale_by_fraction_of_patch_tokens(arriving, left):
     small = surgery.apply(build(), Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
     assert small.blocks.num_out(0, arriving) == left
     assert small.blocks.num_out(1, arriving) == arriving
+
+
+def test_class_attention_is_the_first_row_of_attention():
+    model = build("deit3_small_patch16_224").double()
+    small = surgery.apply(model, Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
+    block = small.blocks.block(0)
+    x, bias = random(2, 10, 16), random(2, 1, 1, 10)
+    y, row = block.attn.forward_with_class_attention(x, bias)
+    torch.testing.assert_close(y, block.attn(x, attn_mask=bias))
+    q, k, _ = block.attn.heads(x)
+    logits = block.attn.scale * torch.einsum("bhnk,bhmk->bhnm", q, k) + bias
+    torch.testing.assert_close(row, logits.softmax(-1)[:, :, 0].mean(1))
+    assert not row.requires_grad
+
+
+def test_a_merging_block_keeps_the_projections_of_the_host():
+    model = build()
+    small = surgery.apply(model, Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
+    x = random(2, 10, 16).float()
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert torch.equal(small.blocks.block(0).attn(x), model.blocks[0].attn(x))
+
+
+def test_tokens_are_compared_by_the_features_of_the_plan():
+    model = build().double()
+    features = (tuple(range(4)), tuple(range(8, 12)))
+    plan = Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan()), match_features=features)
+    small = surgery.apply(model, plan)
+    assert shape_of(small).match_features == 4
+    assert [tuple(b.match_features.tolist()) for b in map(small.blocks.block, (0, 1))] == [
+        *features
+    ]
+    x, block = random(2, 10, 16), small.blocks.block(0)
+    attended = tokens.start(block.attend(x))
+    found = small.blocks.attend(0, tokens.start(x))
+    metric = block.norm2(attended.x)
+    expected = tokens.merge(attended, metric[..., :4], 6, 1, "ward")
+    assert torch.equal(found.source, expected.source)
+    assert not torch.equal(
+        found.source, tokens.merge(attended, metric[..., 4:8], 6, 1, "ward").source
+    )
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
+def test_weighing_by_attention_needs_a_class_token(name):
+    model = build(name).double()
+    plans = [
+        Plan(blocks=(BlockPlan(num_tokens_out=5), BlockPlan()), matching=matching)
+        for matching in ("ward", "attention")
+    ]
+    ward, attention = (surgery.apply(model, plan) for plan in plans)
+    x = images(model, batch=8).double()
+    same = torch.equal(ward(x), attention(x))
+    assert same is (not shape_of(model).num_prefix_tokens)
+    row = 10 * 4 * shape_of(model).embed_dim // 4
+    assert shape_of(attention).macs - shape_of(ward).macs == (0 if same else row)

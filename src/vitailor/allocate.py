@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .budget import cost
 from .errors import BudgetError
 from .harm import HarmModel, Tilt, total
-from .shape import BlockShape, ViTShape, similarity_pairs
+from .shape import BlockShape, ViTShape
 from .simulate import Simulator
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
@@ -249,9 +249,11 @@ class _Solver:
         self.attn = [self._attention(i, dimensions, steps) for i in range(self.dense.depth)]
         self.mlp = [self._mlp(i, dimensions, steps) for i in range(self.dense.depth)]
         self.tokens = [harm.table(i, "tokens", self.counts) for i in range(self.dense.depth)]
-        pairs = [[similarity_pairs(a - floor + 1, a - b) if b < a else 0 for b in n] for a in n]
-        unit = self.dense.embed_dim if metric == "macs" else 0
-        self.merging = np.array(pairs, dtype=float) * unit / cost(self.dense, metric)
+        # At the dense width, if heads or QK dims are cut a little too much; whole shapes cost exactly.
+        widest = max(b.num_heads * b.qk_dim for b in self.dense.blocks)
+        table = [[self.dense.merging_macs(a, b, widest) if b < a else 0 for b in n] for a in n]
+        unit = float(metric == "macs") / cost(self.dense, metric)
+        self.merging = np.array(table, dtype=float) * unit
 
     def solve(self, price: float) -> ViTShape:
         """The shape that minimises harm + price * cost / dense cost."""

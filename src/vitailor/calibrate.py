@@ -65,12 +65,14 @@ class BlockMoments:
         key: (H, K, K) second moment of keys, centred within each image: a shift common to all keys of
             an image cancels in softmax.
         mixed: moments of the attention-weighted values of all heads, (H V).
+        mlp_input: moments of what the MLP reads, (D).
         hidden: moments of the MLP's hidden activations, (F).
     """
 
     query: Tensor
     key: Tensor
     mixed: Moments
+    mlp_input: Moments
     hidden: Moments
 
 
@@ -124,6 +126,7 @@ def _empty(tensors: Tensors) -> BlockMoments:
         query=like.new_zeros(heads, qk, qk, dtype=torch.float64),
         key=like.new_zeros(heads, qk, qk, dtype=torch.float64),
         mixed=Moments.zero(heads * v, like),
+        mlp_input=Moments.zero(tensors["out.weight"].shape[0], like),
         hidden=Moments.zero(hidden, like),
     )
 
@@ -149,10 +152,14 @@ def _listen(
     def on_out(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.mixed.add(args[0])
 
+    def on_mlp(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.mlp_input.add(args[0])
+
     def on_fc2(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.hidden.add(args[0])
 
     attn, mlp = block.attn, block.mlp
     yield attn.register_forward_pre_hook(on_attention)
     yield attn.get_submodule("proj").register_forward_pre_hook(on_out)
+    yield mlp.register_forward_pre_hook(on_mlp)
     yield mlp.get_submodule("fc2").register_forward_pre_hook(on_fc2)

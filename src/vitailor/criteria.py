@@ -10,7 +10,7 @@ Higher means keep. Orders are nested: the kept set at a smaller size is a prefix
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,12 +29,15 @@ class Order:
 
     Attributes:
         heads: (H,). qk_dims: (H, K) and v_dims: (H, V), for each head. neurons: (F,).
+        match_features: (D,) features of what the MLP reads, those that tell tokens apart best first;
+            None where unknown.
     """
 
     heads: Tensor
     qk_dims: Tensor
     v_dims: Tensor
     neurons: Tensor
+    match_features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class Importance:
             v_dims=self.v_dims.argsort(dim=1, descending=True, stable=True),
             neurons=self.neurons.argsort(descending=True, stable=True),
         )
+
+
+def with_match_features(order: Order, moments: BlockMoments) -> Order:
+    """The order with the features by which tokens are best compared: those that vary most."""
+    varies = moments.mlp_input.covariance.diagonal()
+    return replace(order, match_features=varies.argsort(descending=True, stable=True))
 
 
 def magnitude(tensors: Tensors) -> Importance:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import tokens
 from .errors import UnsupportedModelError
 from .shape import DENSE, Matching, Ranks
+from .tokens import Tokens
 
 
 class GatheredLinear(nn.Linear):
@@ -138,10 +139,14 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k), v_BHNV
 
     def mix(
-        self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
-        """Attention-weighted values of every head, (B, H, N, V)."""
-        q, k, v = self.heads(x_BND)
+        """Attention-weighted values of every head, (B, H, N, V), from what `heads` returns."""
         wide = max(self.qk_dim, self.v_dim)
         if self.qk_dim < wide:
             q, k = F.pad(q, (0, wide - self.qk_dim)), F.pad(k, (0, wide - self.qk_dim))
@@ -161,16 +166,33 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        z_BHNV = self.mix(x, attn_mask, is_causal)
-        out = self.proj(z_BHNV.transpose(1, 2).flatten(2))
-        return cast(Tensor, self.proj_drop(out))
+        return self._out(self.mix(*self.heads(x), attn_mask, is_causal))
+
+    def forward_with_class_attention(
+        self, x_BND: Tensor, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and how much the first token attends to every token.
+
+        Returns:
+            (B, N, D) and (B, N), the mean over heads of the first row of attention, without gradient.
+        """
+        q, k, v = self.heads(x_BND)
+        with torch.no_grad():
+            logits = self.scale * (q[:, :, :1] @ k.transpose(-1, -2))
+            logits = logits if attn_mask is None else logits + attn_mask
+            first_BN = logits.softmax(-1).mean(1).squeeze(1)
+        return self._out(self.mix(q, k, v, attn_mask)), first_BN
+
+    def _out(self, z_BHNV: Tensor) -> Tensor:
+        return cast(Tensor, self.proj_drop(self.proj(z_BHNV.transpose(1, 2).flatten(2))))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block whose two halves can be run apart, with tokens merged in between.
 
     It takes over the children of the host's block under timm's names, so that state dicts keep their
-    keys. `num_tokens_out` is the number of tokens left after the attention half.
+    keys. `num_tokens_out` is the number of tokens left after the attention half, `match_features` the
+    features by which they are compared for merging, or None for all.
     """
 
     norm1: nn.Module
@@ -181,20 +203,60 @@ class Block(nn.Module):
     mlp: nn.Module
     ls2: nn.Module
     drop_path2: nn.Module
+    match_features: Tensor | None
 
     def __init__(
-        self, children: dict[str, nn.Module], num_tokens_in: int, num_tokens_out: int
+        self,
+        children: dict[str, nn.Module],
+        num_tokens_in: int,
+        num_tokens_out: int,
+        match_features: int | None = None,
     ) -> None:
         super().__init__()
         for name in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
             self.add_module(name, children[name])
         self.num_tokens_in, self.num_tokens_out = num_tokens_in, num_tokens_out
+        self.register_buffer("match_features", None)
+        self.compare_by(match_features)
+
+    def compare_by(self, count: int | None) -> None:
+        """Compare tokens by so many features; the first ones, until told which."""
+        have = None if self.match_features is None else len(self.match_features)
+        if count != have:
+            device = next(self.parameters()).device
+            self.match_features = None if count is None else torch.arange(count, device=device)
 
     def attend(
         self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         y = self.attn(self.norm1(x_BND), attn_mask=attn_mask, is_causal=is_causal)
-        return cast(Tensor, x_BND + self.drop_path1(self.ls1(y)))
+        return self._added(x_BND, y)
+
+    def attend_and_merge(
+        self, state: Tokens, num_out: int, num_prefix: int, matching: Matching
+    ) -> Tokens:
+        """The attention half, then merging until `num_out` tokens are left (`tokens.merge`).
+
+        Tokens are compared by what the MLP is about to read, which costs no projection and does not
+        depend on how queries and keys were factored.
+        """
+        bias = tokens.attention_bias(state)
+        if num_out == state.x.shape[1]:
+            return state.replace(self.attend(state.x, bias))
+        first_BN = None
+        if matching == "attention" and num_prefix:
+            attn = cast(Attention, self.attn)
+            y, first_BN = attn.forward_with_class_attention(self.norm1(state.x), bias)
+            state = state.replace(self._added(state.x, y))
+        else:
+            state = state.replace(self.attend(state.x, bias))
+        metric = self.norm2(state.x)
+        if self.match_features is not None:
+            metric = metric[..., self.match_features]
+        return tokens.merge(state, metric, num_out, num_prefix, matching, first_BN)
+
+    def _added(self, x_BND: Tensor, y_BND: Tensor) -> Tensor:
+        return cast(Tensor, x_BND + self.drop_path1(self.ls1(y_BND)))
 
     def gains(self) -> tuple[Tensor | None, Tensor | None]:
         """Layer scales (D,) on the outputs of the attention and of the MLP half, where there are any."""
@@ -225,9 +287,7 @@ class BlockStack(nn.ModuleList):
     Args:
         blocks: `Block`s in order.
         num_prefix_tokens: leading tokens that are never merged.
-        matching: rule by which tokens are paired, see `tokens.merge`. They are compared by what the
-            MLP is about to read, which costs no projection and does not depend on how queries and keys
-            were factored.
+        matching: rule by which tokens are paired, see `shape.Matching`.
     """
 
     def __init__(
@@ -243,21 +303,24 @@ class BlockStack(nn.ModuleList):
             state = self.step(i, state)
         return tokens.unmerge(state)
 
-    def step(self, index: int, state: tokens.Tokens) -> tokens.Tokens:
+    def step(self, index: int, state: Tokens) -> Tokens:
         """Block `index` on merged tokens."""
         block = self.block(index)
-        state = state.replace(x=block.attend(state.x, tokens.attention_bias(state)))
-        state = self.reduce(index, state)
-        return state.replace(x=block.feed(state.x))
+        state = self.attend(index, state)
+        return state.replace(block.feed(state.x))
 
-    def reduce(self, index: int, state: tokens.Tokens) -> tokens.Tokens:
-        """The merging between the two halves of block `index`."""
-        block = self.block(index)
+    def attend(self, index: int, state: Tokens) -> Tokens:
+        """The attention half of block `index`, and the merging after it."""
         num_out = self.num_out(index, state.x.shape[1])
-        if num_out == state.x.shape[1]:
-            return state
-        metric = block.norm2(state.x)
-        return tokens.merge(state, metric, num_out, self.num_prefix_tokens, self.matching)
+        return self.block(index).attend_and_merge(
+            state, num_out, self.num_prefix_tokens, self.matching
+        )
+
+    @property
+    def match_features(self) -> int | None:
+        """By how many features tokens are compared; None means all."""
+        features = self.block(0).match_features
+        return None if features is None else len(features)
 
     def block(self, index: int) -> Block:
         return cast(Block, super().__getitem__(index))
@@ -275,7 +338,7 @@ class BlockStack(nn.ModuleList):
         return min(arriving, prefix + max(1, round(kept * (arriving - prefix))))
 
     def __iter__(self) -> Iterator[Any]:
-        trail: dict[int, tokens.Tokens] = {}
+        trail: dict[int, Tokens] = {}
         return iter([BlockStep(self, i, trail) for i in range(len(self))])
 
     def __getitem__(self, index: Any) -> Any:
@@ -293,7 +356,7 @@ class BlockStep:
     Attributes not found here are the block's.
     """
 
-    def __init__(self, stack: BlockStack, index: int, trail: dict[int, tokens.Tokens]) -> None:
+    def __init__(self, stack: BlockStack, index: int, trail: dict[int, Tokens]) -> None:
         self.stack, self.index, self.trail = stack, index, trail
 
     def __call__(

@@ -15,7 +15,18 @@ def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan
     """The plan that cuts a model of shape `dense` to `target`, keeping the best units of every order."""
     blocks = zip(dense.blocks, target.blocks, orders, strict=True)
     plans = tuple(block_plan(d, t, o) for d, t, o in blocks)
-    return Plan(blocks=plans, matching=target.matching)
+    features = match_features(dense, target, orders)
+    return Plan(blocks=plans, matching=target.matching, match_features=features)
+
+
+def match_features(
+    dense: ViTShape, target: ViTShape, orders: Sequence[Order]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Features by which each block compares tokens; None where the model has its own, or uses all."""
+    count, rows = target.match_features, [order.match_features for order in orders]
+    if count is None or dense.merges_tokens:
+        return None
+    return tuple(_best(row, count) for row in rows if row is not None)
 
 
 def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan:

@@ -131,11 +131,13 @@ class BlockPlan(Facts):
 class Plan(Facts):
     """One `BlockPlan` for each block, and the version of this format.
 
-    `matching` is the rule by which tokens are paired for merging; None leaves the model's.
+    `matching` is the rule by which tokens are paired for merging, `match_features` lists for each block
+    the features by which they are compared, equally many; None leaves the model's.
     """
 
     version: int = FORMAT_VERSION
     matching: Matching | None = None
+    match_features: tuple[Indices, ...] | None = None
     blocks: tuple[BlockPlan, ...]
 
     @model_validator(mode="after")
@@ -144,6 +146,17 @@ class Plan(Facts):
             raise ValueError(
                 f"version {self.version} is not one of 1 to {FORMAT_VERSION}; upgrade vitailor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _features_for_every_block(self) -> Self:
+        if self.match_features is None:
+            return self
+        counts = {len(features) for features in self.match_features}
+        if len(self.match_features) != len(self.blocks) or len(counts) != 1:
+            raise ValueError("match_features must list equally many features for each block")
+        for features in self.match_features:
+            _check_indices("match_features", features)
         return self
 
     @classmethod
@@ -171,7 +184,15 @@ class Plan(Facts):
                 "The model normalises queries and keys, so qk_dims cannot change.",
                 "Leave qk_dims out; remove whole heads instead.",
             )
-        return revise(shape, blocks=tuple(blocks), matching=self.matching or shape.matching)
+        compared = shape.match_features
+        for i, features in enumerate(self.match_features or ()):
+            compared = _count(features, shape.embed_dim, f"match_features.{i}")
+        return revise(
+            shape,
+            blocks=tuple(blocks),
+            matching=self.matching or shape.matching,
+            match_features=compared,
+        )
 
 
 def _check_indices(name: str, indices: Indices | None) -> None:

@@ -105,9 +105,7 @@ def sequential_sweep(
             seen = _moments_at(reference.attn.get_submodule("proj"), _attend, reference, states)
             refit = compensate_out(weights, cut, seen, ridge)
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
-        states = _attend(block, states)
-        if stack is not None:
-            states = [stack.reduce(i, s) for s in states]
+        states = _attend(block, states) if stack is None else [stack.attend(i, s) for s in states]
         if cut.neurons is not None:
             seen = _moments_at(reference.mlp.get_submodule("fc2"), _feed, reference, states)
             refit = compensate_fc2(weights, cut, seen, ridge)

@@ -13,6 +13,7 @@ Symbols
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,8 +23,10 @@ from .errors import PlanError
 FORMAT_VERSION = 1
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-#: Rule by which tokens are paired for merging, see `tokens.merge`.
-Matching = Literal["ward", "cosine"]
+#: Rule by which tokens are paired for merging. "cosine": highest cosine similarity, as in ToMe. "ward":
+#: least added variance, which weighs tokens by how many each stands for. "attention": the same, weighed
+#: by class attention too; like "ward" in a model without prefix tokens. See `tokens.affinity`.
+Matching = Literal["attention", "ward", "cosine"]
 T = TypeVar("T", bound="Facts")
 
 
@@ -134,6 +137,7 @@ class ViTShape(Facts):
         qk_norm: parameters of the query and of the key norm per head dim (0, 1 or 2); a model with
             normalised queries and keys keeps its qk_dim.
         matching: rule by which tokens are paired for merging (`tokens.merge`).
+        match_features: by how many features tokens are compared for merging; None means all.
     """
 
     host: str
@@ -151,12 +155,15 @@ class ViTShape(Facts):
     mlp_bias: bool
     qk_norm: NonNegative = 0
     matching: Matching = "ward"
+    match_features: Positive | None = None
     blocks: tuple[BlockShape, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.blocks:
             raise ValueError("blocks is empty")
+        if (self.match_features or 0) > self.embed_dim:
+            raise ValueError(f"match_features exceeds embed_dim {self.embed_dim}")
         tokens = self.num_tokens
         for i, block in enumerate(self.blocks):
             if block.num_tokens_in != tokens:
@@ -183,6 +190,10 @@ class ViTShape(Facts):
         return len(self.blocks)
 
     @property
+    def merges_tokens(self) -> bool:
+        return any(b.num_tokens_out < b.num_tokens_in for b in self.blocks)
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the whole model for one image."""
         return self.outer_macs + sum(self.block_macs(i) for i in range(self.depth))
@@ -197,8 +208,17 @@ class ViTShape(Facts):
         b = self.blocks[index]
         n, m = b.num_tokens_in, b.num_tokens_out
         per_token, per_pair = self.attention_macs(b)
-        similarity = similarity_pairs(n - self.num_prefix_tokens, n - m) * self.embed_dim
-        return n * per_token + n * n * per_pair + m * self.mlp_macs(b) + similarity
+        merging = self.merging_macs(n, m, b.num_heads * b.qk_dim)
+        return n * per_token + n * n * per_pair + m * self.mlp_macs(b) + merging
+
+    def merging_macs(self, before: int, after: int, queries: int) -> int:
+        """MACs of merging `before` into `after` tokens in a block with that many query features."""
+        if after == before:
+            return 0
+        pairs = similarity_pairs(before - self.num_prefix_tokens, before - after, self.matching)
+        # Class attention is the first row of attention, computed once more.
+        row = before * queries if self.matching == "attention" and self.num_prefix_tokens else 0
+        return pairs * (self.match_features or self.embed_dim) + row
 
     def attention_macs(self, b: BlockShape) -> tuple[int, int]:
         """MACs of a block's attention half for each token, and for each pair of tokens."""
@@ -245,18 +265,31 @@ def revise(facts: T, **changes: Any) -> T:
         raise PlanError(describe_validation_error(type(facts).__name__, error)) from None
 
 
-def similarity_pairs(num_patches: int, num_merged: int) -> int:
-    """Similarities computed to merge `num_merged` of `num_patches` tokens (see `tokens.merge`).
+def merge_rounds(num_patches: int, num_merged: int, matching: Matching) -> list[int]:
+    """How many tokens each round of merging removes (see `tokens.merge`).
 
-    Tokens are split in two halves and every token of one is compared with every token of the other;
-    merging more than one half takes further rounds.
+    ToMe's rule takes one round, more only to remove over half. The others go gently, in about four, so
+    that each round merges only what is very alike: at most a quarter of the sources, or what four equal
+    rounds need.
     """
-    pairs = 0
+    most = num_merged
+    if matching != "cosine":
+        most = max(-(-num_merged // 4), -(-((num_patches + 1) // 2) // 4))
+    rounds = []
     while num_merged > 0:
-        sources, targets = (num_patches + 1) // 2, num_patches // 2
-        pairs += sources * targets
-        step = min(num_merged, sources)
-        num_patches, num_merged = num_patches - step, num_merged - step
+        rounds.append(min(num_merged, most, (num_patches + 1) // 2))
+        num_patches, num_merged = num_patches - rounds[-1], num_merged - rounds[-1]
+    return rounds
+
+
+@cache
+def similarity_pairs(num_patches: int, num_merged: int, matching: Matching) -> int:
+    """Similarities computed to merge `num_merged` of `num_patches` tokens: in each round, every token of
+    one half is compared with every token of the other."""
+    pairs = 0
+    for merged in merge_rounds(num_patches, num_merged, matching):
+        pairs += ((num_patches + 1) // 2) * (num_patches // 2)
+        num_patches -= merged
     return pairs
 
 

@@ -19,7 +19,7 @@ from .calibrate import Batches, BlockMoments, images_of
 from .criteria import Order
 from .hosts import host_of
 from .layers import Block
-from .orders import block_plan
+from .orders import block_plan, match_features
 from .reconstruct import compensate
 from .shape import BlockShape, Matching, ViTShape, revise
 from .surgery import select
@@ -44,6 +44,7 @@ class Simulator:
         batches: the images to measure on; their tokens before every block are held in memory.
         ridge: for compensation; None for none.
         matching: rule by which tokens are paired.
+        compared: by how many features they are compared; None for all.
 
     Harm is the mean Kullback-Leibler divergence of the outputs from the dense model's, in nats; for a
     model without a classifier, the relative squared error of its features.
@@ -57,13 +58,19 @@ class Simulator:
         batches: Batches,
         ridge: float | None,
         matching: Matching = "ward",
+        compared: int | None = None,
     ) -> None:
         self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
         self.host = host_of(model)
-        self.dense = revise(self.host.describe(model), matching=matching)
+        own = self.host.describe(model)
+        if not own.merges_tokens:
+            own = revise(own, matching=matching, match_features=compared)
+        self.dense = own
         self.evaluations = 0
         device = next(model.parameters()).device
         self._weights = [self.host.read(self.host.block(model, i)) for i in range(self.dense.depth)]
+        features = match_features(own, own, orders)
+        self._features = None if features is None else torch.tensor(features, device=device)
         self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
         with torch.inference_mode():
             start = [tokens.start(self.host.embed(model, images_of(b).to(device))) for b in batches]
@@ -92,11 +99,8 @@ class Simulator:
         return current
 
     def _step(self, block: Block, state: tokens.Tokens, shape: ViTShape, i: int) -> tokens.Tokens:
-        state = state.replace(block.attend(state.x, tokens.attention_bias(state)))
         num_out = shape.blocks[i].num_tokens_out
-        if num_out < state.x.shape[1]:
-            metric = block.norm2(state.x)
-            state = tokens.merge(state, metric, num_out, shape.num_prefix_tokens, shape.matching)
+        state = block.attend_and_merge(state, num_out, shape.num_prefix_tokens, shape.matching)
         return state.replace(block.feed(state.x))
 
     def _block(self, i: int, want: BlockShape) -> Block:
@@ -112,6 +116,10 @@ class Simulator:
             block.attn = self._half(i, "attn", attn_key)
         if mlp_key != dense:
             block.mlp = self._half(i, "mlp", mlp_key)
+        if want.num_tokens_out < want.num_tokens_in:
+            self.host.resize_block(block, self.dense, want)  # attention that merging can ask
+            if self._features is not None:
+                block._buffers = dict(block._buffers) | {"match_features": self._features[i]}
         return block
 
     def _half(self, i: int, name: str, want: BlockShape) -> nn.Module:

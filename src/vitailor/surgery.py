@@ -64,6 +64,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                     tensors[name] = torch.arange(shape.embed_dim)
             new = host.block(small, i)
             host.write(new, select(tensors, block), after.blocks[i].ranks)
+    if plan.match_features is not None and after.merges_tokens:
+        for i, features in enumerate(plan.match_features):
+            found = host.block(small, i).match_features
+            if found is not None:
+                found.copy_(torch.tensor(features))
     return small
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shape import Matching, merge_rounds
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -67,67 +69,103 @@ def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
     return Tokens(x, tokens.size, tokens.source)
 
 
+def sizes(tokens: Tokens) -> Tensor:
+    """(B, N) how many original tokens each stands for."""
+    return tokens.x.new_ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
+
+
+def shares(size_BN: Tensor, attention_BN: Tensor, num_prefix: int) -> Tensor:
+    """(B, N) each patch token's share of the image's tokens plus its share of an attention row.
+
+    A weight for merging: what the class token looks at stays apart, the rest may become coarse.
+    """
+
+    def share(x_BN: Tensor) -> Tensor:
+        return x_BN / x_BN[:, num_prefix:].sum(1, keepdim=True)
+
+    return share(size_BN) + share(attention_BN)
+
+
 def merge(
-    tokens: Tokens, metric_BNM: Tensor, num_out: int, num_prefix: int, matching: str
+    tokens: Tokens,
+    metric_BNM: Tensor,
+    num_out: int,
+    num_prefix: int,
+    matching: Matching,
+    attention_BN: Tensor | None = None,
 ) -> Tokens:
-    """Merge the tokens that lose least until `num_out` are left, prefix included.
+    """Merge the tokens that lose least until `num_out` are left, prefix included, in their old order.
 
     Each round splits the patch tokens into alternating halves, gives every token of the first half its
-    best partner in the second, and merges the best pairs. One round removes at most half, so strong
-    reductions take several. At least one patch token stays.
+    best partner in the second, and merges the best pairs (`shape.merge_rounds`). Since tokens keep their
+    raster order, every token goes on meeting its neighbours in the other half. At least one patch token
+    stays.
 
     Args:
         metric_BNM: (B, N, M) features by which tokens are compared.
-        matching: "cosine" merges the pairs of the highest cosine similarity, as in ToMe; "ward" those
-            that add least to the variance within groups, s_a s_b / (s_a + s_b) * (1 - cosine)
-            (Ward 1963, on unit vectors), so that large groups do not swallow everything.
+        matching: rule by which pairs are chosen, see `shape.Matching` and `affinity`.
+        attention_BN: (B, N) how much the class token attends to each token, for "attention"; without,
+            that is "ward".
 
     Returns:
         Tokens with x (B, num_out, D). The total size of the tokens is conserved.
     """
-    while tokens.x.shape[1] > num_out:
-        tokens, metric_BNM = _merge_round(tokens, metric_BNM, num_out, num_prefix, matching)
-    return tokens
+    n, size = tokens.x.shape[1], sizes(tokens)
+    if n == num_out:
+        return tokens
+    weight = None
+    if matching != "cosine":
+        weight = size if attention_BN is None else shares(size, attention_BN, num_prefix)
+    target: Tensor | None = None
+    total = size
+    for merged in merge_rounds(n - num_prefix, n - num_out, matching):
+        step = _pair_off(metric_BNM, weight, merged, num_prefix)
+        n -= merged
+        target = step if target is None else step.gather(1, target)
+        if n > num_out:
+            metric_BNM = _sum_into(metric_BNM * total.unsqueeze(-1), step, n)
+            weight = None if weight is None else _sum_into(weight, step, n)
+        total = _sum_into(total, step, n)
+    assert target is not None  # there was something to merge
+    x = _sum_into(tokens.x * size.unsqueeze(-1), target, n) / total.unsqueeze(-1)
+    source = target if tokens.source is None else target.gather(1, tokens.source)
+    return Tokens(x, total, source)
 
 
-def affinity(metric_BNM: Tensor, size_BN: Tensor, matching: str) -> Tensor:
-    """(B, A, C) how well each of the A even tokens goes with each of the C odd ones; higher is better."""
+def affinity(metric_BNM: Tensor, weight_BN: Tensor | None) -> Tensor:
+    """(B, A, C) how well each of the A even tokens goes with each of the C odd ones; higher is better.
+
+    The cosine similarity, as in ToMe; or with weights w, minus what a merger adds to the weighted
+    variance within groups, w_a w_b / (w_a + w_b) * (1 - cosine) (Ward 1963, on unit vectors), so that
+    what counts much is merged only with what is very like it.
+    """
     unit = F.normalize(metric_BNM, dim=-1)
     cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-    if matching == "cosine":
+    if weight_BN is None:
         return cosine
-    size_a, size_b = size_BN[:, ::2].unsqueeze(2), size_BN[:, 1::2].unsqueeze(1)
-    return (cosine - 1) * (size_a * size_b / (size_a + size_b))
+    first, second = weight_BN[:, ::2].unsqueeze(2), weight_BN[:, 1::2].unsqueeze(1)
+    return (cosine - 1) * (first * second / (first + second))
 
 
-def _merge_round(
-    tokens: Tokens, metric_BNM: Tensor, num_out: int, num_prefix: int, matching: str
-) -> tuple[Tokens, Tensor]:
-    n, p = tokens.x.shape[1], num_prefix
-    size = tokens.x.new_ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
-    num_a = (n - p + 1) // 2
-    best, partner = affinity(metric_BNM[:, p:], size[:, p:], matching).max(-1)
-    order = best.argsort(-1, descending=True)
-    merged = min(n - num_out, num_a)
-    gone, stays = order[:, :merged], order[:, merged:].sort(-1).values
-
-    # New order: prefix, what stays of the first half, then the second half with what joined it.
-    first_b = p + num_a - merged
-    target = torch.empty(size.shape, dtype=torch.long, device=size.device)
-    target[:, :p] = torch.arange(p, device=size.device)
-    target[:, p + 1 :: 2] = torch.arange(first_b, n - merged, device=size.device)
-    rank = torch.arange(p, first_b, device=size.device).expand(stays.shape)
-    even = torch.empty_like(order).scatter(1, stays, rank)
-    target[:, p::2] = even.scatter(1, gone, first_b + partner.gather(1, gone))
-
-    total = _sum_into(size.unsqueeze(-1), target, n - merged)
-    x = _sum_into(tokens.x * size.unsqueeze(-1), target, n - merged) / total
-    metric_BNM = _sum_into(metric_BNM * size.unsqueeze(-1), target, n - merged) / total
-    source = target if tokens.source is None else target.gather(1, tokens.source)
-    return Tokens(x, total.squeeze(-1), source), metric_BNM
+def _pair_off(metric_BNM: Tensor, weight_BN: Tensor | None, merged: int, num_prefix: int) -> Tensor:
+    """(B, N) where each token goes in one round that merges the `merged` best pairs."""
+    p = num_prefix
+    weight = None if weight_BN is None else weight_BN[:, p:]
+    best, partner = affinity(metric_BNM[:, p:], weight).max(-1)
+    pair = best.topk(merged).indices
+    gone, into = p + 2 * pair, p + 1 + 2 * partner.gather(1, pair)
+    stays = torch.ones(metric_BNM.shape[:2], dtype=torch.long, device=metric_BNM.device)
+    rank = stays.scatter(1, gone, 0).cumsum(1) - 1
+    return rank.scatter(1, gone, rank.gather(1, into))
 
 
-def _sum_into(x_BND: Tensor, target_BN: Tensor, num_out: int) -> Tensor:
-    """Sum of the rows of x that go to each target, (B, num_out, D)."""
-    out = x_BND.new_zeros(x_BND.shape[0], num_out, x_BND.shape[2])
-    return out.scatter_add(1, target_BN.unsqueeze(-1).expand(-1, -1, x_BND.shape[2]), x_BND)
+def _sum_into(x: Tensor, target_BN: Tensor, num_out: int) -> Tensor:
+    """Sum of x (B, N, ...) over the tokens that go to each target, (B, num_out, ...).
+
+    On flattened rows, where adding by index is several times faster than along an inner axis.
+    """
+    batch = x.shape[0]
+    start = torch.arange(batch, device=x.device).unsqueeze(1) * num_out
+    out = x.new_zeros(batch * num_out, *x.shape[2:])
+    out = out.index_add(0, (target_BN + start).flatten(), x.flatten(0, 1))
+    return out.view(batch, num_out, *x.shape[2:])

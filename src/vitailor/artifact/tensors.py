@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,8 @@ from ..hosts import host_named, shape_of
 from ..shape import ViTShape, revise
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDICES = ".features"  # structural buffers: which input features a projection reads
+#: Structural buffers: which input features a projection reads, and by which tokens are compared.
+INDICES = (".features", ".match_features")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ def fitting_skeleton(shape: ViTShape, entries: Mapping[str, Entry]) -> nn.Module
                 f"'{name}' has dtype {entries[name].dtype}, not {' or '.join(allowed)}."
             )
     # What a newer describer says about architecture and name may differ in form; sizes may not.
-    free = {"architecture": shape.architecture, "name": shape.name, "matching": shape.matching}
+    free: dict[str, Any] = {
+        name: getattr(shape, name)
+        for name in ("architecture", "name", "matching", "match_features")
+    }
     if revise(described, **free) != shape:
         field = next(
             n

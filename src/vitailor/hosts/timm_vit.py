@@ -95,6 +95,7 @@ class TimmViT:
             mlp_bias=mlp.fc1.bias is not None,
             qk_norm=_norm_params_per_dim(attn),
             matching="ward" if stack is None else stack.matching,
+            match_features=None if stack is None else stack.match_features,
             blocks=tuple(blocks),
         )
 
@@ -139,7 +140,12 @@ class TimmViT:
             _require_static_size(host)
             host.blocks = layers.BlockStack(
                 [
-                    layers.Block(dict(b.named_children()), s.num_tokens_in, s.num_tokens_out)
+                    layers.Block(
+                        dict(b.named_children()),
+                        s.num_tokens_in,
+                        s.num_tokens_out,
+                        shape.match_features,
+                    )
                     for b, s in zip(host.blocks, shape.blocks, strict=True)
                 ],
                 shape.num_prefix_tokens,
@@ -147,12 +153,16 @@ class TimmViT:
             )
         elif merges:
             host.blocks.matching = shape.matching
+            for i in range(shape.depth):
+                host.blocks[i].compare_by(shape.match_features)
 
     def resize_block(self, block: layers.Block, shape: ViTShape, want: BlockShape) -> None:
         part = cast(Any, block)
         have = _block_shape("block", block, want.num_tokens_in, want.num_tokens_out)
         if _attention_sizes(have) != _attention_sizes(want):
             part.attn = _new_attention(part.attn, shape, want)
+        elif want.num_tokens_out < want.num_tokens_in and type(part.attn) is not layers.Attention:
+            part.attn = _as_ours(part.attn, shape, want)
         if _mlp_sizes(have) != _mlp_sizes(want):
             _resize_mlp(part.mlp, shape, want)
         if isinstance(block, layers.Block):
@@ -459,6 +469,13 @@ def _new_attention(old: Any, shape: ViTShape, want: BlockShape) -> layers.Attent
     new = _materialise(new, weight)
     new.q_norm, new.k_norm = old.q_norm, old.k_norm
     return new.train(old.training)
+
+
+def _as_ours(old: Any, shape: ViTShape, want: BlockShape) -> layers.Attention:
+    """The same attention with the same projections, in the class that merging can ask for its weights."""
+    new = _new_attention(old, shape, want)
+    new.qkv, new.proj = old.qkv, old.proj
+    return new
 
 
 def _resize_mlp(mlp: Any, shape: ViTShape, want: BlockShape) -> None:

@@ -125,10 +125,12 @@ def keeps_all(budget: Budget, shape: ViTShape) -> bool:
     return budget.limit(shape) >= cost(shape, budget.metric)
 
 
-def with_matching(shape: ViTShape, matching: Matching) -> ViTShape:
-    """The shape with this rule for pairing tokens; a model that merges already keeps its own."""
-    merges = any(b.num_tokens_out < b.num_tokens_in for b in shape.blocks)
-    return shape if merges else revise(shape, matching=matching)
+def with_matching(shape: ViTShape, matching: Matching, features: int | None = None) -> ViTShape:
+    """The shape with this rule for pairing tokens, compared by so many features (None: all); a model
+    that merges already keeps its own."""
+    if shape.merges_tokens:
+        return shape
+    return revise(shape, matching=matching, match_features=features)
 
 
 def within(

@@ -29,7 +29,14 @@ from ..allocate import (
 from ..bases import rotate
 from ..budget import Budget
 from ..calibrate import BlockMoments, dense_sweep
-from ..criteria import Criterion, Order, magnitude, output_error, variance
+from ..criteria import (
+    Criterion,
+    Order,
+    magnitude,
+    output_error,
+    variance,
+    with_match_features,
+)
 from ..errors import UsageError
 from ..gradients import taylor
 from ..harm import measure
@@ -43,6 +50,9 @@ from ..simulate import Simulator
 from ..sizes import Dimension, Steps
 from ..surgery import apply
 from .base import Method, Outcome, Task, keeps_all, with_matching, within
+
+#: Tokens are compared by one in so many features: those that vary most, which is as good and cheaper.
+MATCH_SHARE = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class ClosedForm(Method):
         allocation: "marginal" cuts where it harms the outputs least, "uniform" everywhere alike.
         dimensions: what may be cut. None means all; for uniform cuts all but whole heads, since these
             would be cut twice.
-        matching: how tokens are paired for merging, see `tokens.merge`.
+        matching: how tokens are paired for merging, see `shape.Matching`.
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
         harm_images: images on which the harm of each cut alone is measured.
         tune_images: images on which whole plans are compared to correct for how cuts interact; 0 trusts
@@ -80,7 +90,7 @@ class ClosedForm(Method):
     compensation: bool = True
     allocation: Literal["marginal", "uniform"] = "marginal"
     dimensions: Annotated[tuple[Dimension, ...], Field(min_length=1)] | None = None
-    matching: Matching = "ward"
+    matching: Matching = "attention"
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     harm_images: Annotated[int, Field(ge=1)] = 64
     tune_images: Annotated[int, Field(ge=0)] = 128
@@ -138,13 +148,17 @@ class ClosedForm(Method):
         """Steps 1 to 3: everything up to the plan."""
         stages = 4 + bool(self.refine)
         task.progress(0, stages)
-        shape = with_matching(task.shape, self.matching)
         needs_moments = self.compensation or self.criterion in ("output_error", "variance")
         moments = dense_sweep(task.model, task.batches()) if needs_moments else []
         model = task.model
         if self.criterion == "output_error":
             model, moments = rotate(task.model, moments)
         orders = self._orders(task, model, moments)
+        compared = None
+        if moments:
+            orders = [with_match_features(o, m) for o, m in zip(orders, moments, strict=True)]
+            compared = max(1, task.shape.embed_dim // MATCH_SHARE)
+        shape = with_matching(task.shape, self.matching, compared)
         task.progress(1, stages)
         target, facts = self._allocate(task, shape, model, moments, orders)
         task.progress(2, stages)
@@ -186,7 +200,9 @@ class ClosedForm(Method):
         def simulator(images: int) -> Simulator:
             ridge = self.ridge if self.compensation else None
             batches = task.batches(images)
-            return Simulator(model, moments, orders, batches, ridge, shape.matching)
+            return Simulator(
+                model, moments, orders, batches, ridge, shape.matching, shape.match_features
+            )
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
             return task.stopwatch([apply(model, plan_for(shape, s, orders)) for s in shapes])
