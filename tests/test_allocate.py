@@ -308,7 +308,7 @@ class Measuring:
     truth: HarmModel
     tried: list[ViTShape] = field(default_factory=list)
 
-    def trial(self, found: ViTShape, first: int) -> Trial:
+    def trial(self, found: ViTShape, first: int, rival: Trial | None = None) -> Trial:
         assert first == 0
         self.tried.append(found)
         return Trial(found, total(self.truth, found))

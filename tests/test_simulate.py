@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -185,3 +187,29 @@ def test_divergence_of_features(num_classes):
     found = divergence(got, truth, num_classes)
     torch.testing.assert_close(found, torch.tensor([1 / 25, 0.0]))
     assert torch.isfinite(divergence(got, torch.zeros(2, 2), num_classes)).all()
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.2])
+def test_a_trial_far_behind_its_rival_is_given_up(monkeypatch, factor):
+    monkeypatch.setattr(simulate, "GIVE_UP_AFTER", 4)
+    monkeypatch.setattr(simulate, "BEHIND", 1.1)
+    simulator = simulator_of("plain", 1e-3)  # batches of four and two images
+    shape = with_size(simulator.dense, 0, "tokens", 4)
+    alone = simulator.trial(shape, 0)
+    assert alone.harm == pytest.approx(sum(alone.sums) / 6)
+    assert len(alone.sums) == 2
+    rival = replace(alone, sums=tuple(s / factor for s in alone.sums))
+    found = simulator.trial(shape, 0, rival)
+    if factor < 1.1:
+        assert found == alone
+    else:
+        assert found.harm == inf
+        assert found.sums == alone.sums[:1]
+
+
+def test_without_the_tokens_before_every_block_trials_start_at_the_first():
+    full, light = (simulator_of("plain", 1e-3, any_start=any_start) for any_start in (True, False))
+    shape = with_size(full.dense, 1, "neurons", 5)
+    assert full.trial(shape, 1).harm == light.trial(shape, 0).harm
+    with pytest.raises(IndexError):
+        light.trial(shape, 1)

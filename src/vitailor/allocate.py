@@ -15,7 +15,7 @@ from .budget import cost
 from .errors import BudgetError
 from .harm import HarmModel, Tilt, total
 from .shape import BlockShape, ViTShape
-from .simulate import Simulator
+from .simulate import Simulator, Trial
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
 Floats = NDArray[np.float64]
@@ -190,26 +190,29 @@ def allocate_tuned(
     Args:
         simulator: on the images to measure on.
     """
-    measured: dict[tuple[BlockShape, ...], float] = {}
+    tried: set[tuple[BlockShape, ...]] = set()
 
-    def attempt(tilt: Tilt) -> tuple[float, ViTShape]:
+    def attempt(tilt: Tilt, rival: Trial | None) -> Trial | None:
+        """What a bent model leads to, unless that has been tried."""
         shape = allocate_marginal(harm.tilted(tilt), metric, limit, dimensions, steps)
-        if shape.blocks not in measured:
-            measured[shape.blocks] = simulator.trial(shape, 0).harm
-        return measured[shape.blocks], shape
+        if shape.blocks in tried:
+            return None
+        tried.add(shape.blocks)
+        return simulator.trial(shape, 0, rival)
 
     tilt = Tilt()
-    best, chosen = attempt(tilt)
+    best = attempt(tilt, None)
+    assert best is not None  # nothing was tried before
     for shrink in range(ROUNDS):
         for axis, step in enumerate(STEPS):
             for change in (step, -step):
                 values = list(tilt)
                 values[axis] += change * 0.6**shrink
-                found, shape = attempt(Tilt(*values))
-                if found < best:
-                    best, chosen, tilt = found, shape, Tilt(*values)
+                found = attempt(Tilt(*values), best)
+                if found is not None and found.harm < best.harm:
+                    best, tilt = found, Tilt(*values)
                     break
-    return chosen
+    return best.shape
 
 
 #: Cost of a half block: fixed, for each token, for each pair of tokens.

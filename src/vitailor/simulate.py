@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,17 @@ from .reconstruct import compensate
 from .shape import BlockShape, Matching, ViTShape, revise
 from .surgery import select
 
-States = list[tokens.Tokens]
+#: A trial is given up when, on at least so many images, it harms so many times as much as its rival.
+GIVE_UP_AFTER, BEHIND = 64, 1.1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Outcome of a change: the sizes tried, and what they do to the outputs."""
+    """Outcome of a change: the sizes tried, what they do to the outputs, and its sum over each batch."""
 
     shape: ViTShape
     harm: float
+    sums: tuple[float, ...] = ()
 
 
 class Simulator:
@@ -41,10 +44,12 @@ class Simulator:
     Args:
         model: the dense model, in sorted bases.
         moments, orders: of each of its blocks.
-        batches: the images to measure on; their tokens before every block are held in memory.
+        batches: the images to measure on.
         ridge: for compensation; None for none.
         matching: rule by which tokens are paired.
         compared: by how many features they are compared; None for all.
+        any_start: hold the dense tokens before every block in memory, so that trials may start at any;
+            else at the first block only.
 
     Harm is the mean Kullback-Leibler divergence of the outputs from the dense model's, in nats; for a
     model without a classifier, the relative squared error of its features.
@@ -59,6 +64,7 @@ class Simulator:
         ridge: float | None,
         matching: Matching = "ward",
         compared: int | None = None,
+        any_start: bool = True,
     ) -> None:
         self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
         self.host = host_of(model)
@@ -72,31 +78,44 @@ class Simulator:
         features = match_features(own, own, orders)
         self._features = None if features is None else torch.tensor(features, device=device)
         self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
+        self._states: list[list[tokens.Tokens]] = []
+        self._truth: list[Tensor] = []
+        blocks = [self._block(i, self.dense.blocks[i]) for i in range(self.dense.depth)]
         with torch.inference_mode():
-            start = [tokens.start(self.host.embed(model, images_of(b).to(device))) for b in batches]
-            self._states: list[States] = []
-            final = self._run(self.dense, 0, start, self._states)
-            self._truth = [self.host.finish(model, tokens.unmerge(s)) for s in final]
+            for batch in batches:
+                state = tokens.start(self.host.embed(model, images_of(batch).to(device)))
+                states = [state]
+                for i, block in enumerate(blocks):
+                    state = self._step(block, state, self.dense, i)
+                    if any_start:
+                        states.append(state)
+                self._states.append(states)
+                self._truth.append(self.host.finish(model, tokens.unmerge(state)))
 
-    def trial(self, shape: ViTShape, first: int) -> Trial:
-        """Harm of going to `shape`, which differs from the dense sizes in no block before `first`."""
+    def trial(self, shape: ViTShape, first: int, rival: Trial | None = None) -> Trial:
+        """Harm of going to `shape`, which differs from the dense sizes in no block before `first`.
+
+        Args:
+            rival: a trial to beat. As soon as the new one is clearly behind it on the same images, it is
+                given up, with infinite harm.
+        """
         self.evaluations += 1
+        blocks = [self._block(i, shape.blocks[i]) for i in range(first, shape.depth)]
+        sums: list[float] = []
+        count = 0
         with torch.inference_mode():
-            final = self._run(shape, first, self._states[first])
-            outputs = [self.host.finish(self.model, tokens.unmerge(s)) for s in final]
-            harm = self._divergence(outputs)
-        return Trial(shape, harm)
-
-    def _run(
-        self, shape: ViTShape, first: int, current: States, seen: list[States] | None = None
-    ) -> States:
-        """Tokens after the last block; those before each block are appended to `seen`."""
-        for i in range(first, shape.depth):
-            if seen is not None:
-                seen.append(current)
-            block = self._block(i, shape.blocks[i])
-            current = [self._step(block, s, shape, i) for s in current]
-        return current
+            for states, truth in zip(self._states, self._truth, strict=True):
+                state = states[first]
+                for i, block in enumerate(blocks, first):
+                    state = self._step(block, state, shape, i)
+                outputs = self.host.finish(self.model, tokens.unmerge(state))
+                sums.append(float(divergence(outputs, truth, self.dense.num_classes).sum()))
+                count += len(truth)
+                if rival is None or count < GIVE_UP_AFTER:
+                    continue
+                if sum(sums) > BEHIND * sum(rival.sums[: len(sums)]):
+                    return Trial(shape, inf, tuple(sums))
+        return Trial(shape, sum(sums) / count, tuple(sums))
 
     def _step(self, block: Block, state: tokens.Tokens, shape: ViTShape, i: int) -> tokens.Tokens:
         num_out = shape.blocks[i].num_tokens_out
@@ -135,13 +154,6 @@ class Simulator:
             self.host.write(block, small, want.ranks)
             self._halves[key] = block.get_submodule(name)
         return self._halves[key]
-
-    def _divergence(self, outputs: list[Tensor]) -> float:
-        total, count = 0.0, 0
-        for got, truth in zip(outputs, self._truth, strict=True):
-            total += float(divergence(got, truth, self.dense.num_classes).sum())
-            count += len(got)
-        return total / count
 
 
 def divergence(outputs: Tensor, truth: Tensor, num_classes: int) -> Tensor:

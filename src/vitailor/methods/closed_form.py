@@ -93,7 +93,7 @@ class ClosedForm(Method):
     matching: Matching = "attention"
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     harm_images: Annotated[int, Field(ge=1)] = 64
-    tune_images: Annotated[int, Field(ge=0)] = 128
+    tune_images: Annotated[int, Field(ge=0)] = 256
     taylor_labels: Literal["self", "given"] = "self"
     refine: Annotated[int, Field(ge=0)] = 0
     refine_lr: Annotated[float, Field(gt=0)] = 1e-5
@@ -197,11 +197,18 @@ class ClosedForm(Method):
         dimensions, steps = self._dimensions(shape), Steps.for_shape(shape)
         facts: dict[str, Any] = {}
 
-        def simulator(images: int) -> Simulator:
+        def simulator(images: int, any_start: bool) -> Simulator:
             ridge = self.ridge if self.compensation else None
             batches = task.batches(images)
             return Simulator(
-                model, moments, orders, batches, ridge, shape.matching, shape.match_features
+                model,
+                moments,
+                orders,
+                batches,
+                ridge,
+                shape.matching,
+                shape.match_features,
+                any_start,
             )
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
@@ -214,9 +221,9 @@ class ClosedForm(Method):
 
             return within(task.budget, shape, uniform, milliseconds), facts
 
-        single = simulator(self.harm_images)
+        single = simulator(self.harm_images, any_start=True)
         harm = measure(single, dimensions, steps)
-        together = simulator(self.tune_images) if self.tune_images else single
+        together = simulator(self.tune_images, any_start=False) if self.tune_images else single
 
         def marginal(metric: str, limit: int) -> ViTShape:
             if not self.tune_images:
