@@ -340,3 +340,10 @@ def test_nothing_is_measured_twice():
     # The sum of single harms was right: nothing better is found than what it leads to, or equal.
     plain = allocate_marginal(harm, "macs", DENSE.macs // 2, DIMENSIONS, STEPS)
     assert total(harm, found) <= total(harm, plain)
+
+
+def test_costs_stay_plain_integers():
+    """Numpy's would not go into JSON."""
+    found = allocate_marginal(harm_model(DENSE, 0), "macs", DENSE.macs // 2, DIMENSIONS, STEPS)
+    assert type(found.macs) is int
+    assert {type(size) for b in found.blocks for size in (b.num_tokens_out, b.mlp_dim)} == {int}

@@ -254,7 +254,10 @@ class _Solver:
         self.tokens = [harm.table(i, "tokens", self.counts) for i in range(self.dense.depth)]
         # At the dense width, if heads or QK dims are cut a little too much; whole shapes cost exactly.
         widest = max(b.num_heads * b.qk_dim for b in self.dense.blocks)
-        table = [[self.dense.merging_macs(a, b, widest) if b < a else 0 for b in n] for a in n]
+        whole = n.tolist()  # numpy's integers must not get into the costs of shapes
+        table = [
+            [self.dense.merging_macs(a, b, widest) if b < a else 0 for b in whole] for a in whole
+        ]
         unit = float(metric == "macs") / cost(self.dense, metric)
         self.merging = np.array(table, dtype=float) * unit
 
