@@ -29,6 +29,7 @@ class Order:
 
     Attributes:
         heads: (H,). qk_dims: (H, K) and v_dims: (H, V), for each head. neurons: (F,).
+        attn_features, mlp_features: (D',) features that qkv and fc1 read; None where not ordered.
         match_features: (D,) features of what the MLP reads, those that tell tokens apart best first;
             None where unknown.
     """
@@ -37,6 +38,8 @@ class Order:
     qk_dims: Tensor
     v_dims: Tensor
     neurons: Tensor
+    attn_features: Tensor | None = None
+    mlp_features: Tensor | None = None
     match_features: Tensor | None = None
 
 
@@ -47,6 +50,8 @@ class Importance:
     qk_dims: Tensor
     v_dims: Tensor
     neurons: Tensor
+    attn_features: Tensor | None = None
+    mlp_features: Tensor | None = None
 
     def order(self) -> Order:
         return Order(
@@ -54,7 +59,13 @@ class Importance:
             qk_dims=self.qk_dims.argsort(dim=1, descending=True, stable=True),
             v_dims=self.v_dims.argsort(dim=1, descending=True, stable=True),
             neurons=self.neurons.argsort(descending=True, stable=True),
+            attn_features=_descending(self.attn_features),
+            mlp_features=_descending(self.mlp_features),
         )
+
+
+def _descending(scores: Tensor | None) -> Tensor | None:
+    return None if scores is None else scores.argsort(descending=True, stable=True)
 
 
 def with_match_features(order: Order, moments: BlockMoments) -> Order:

@@ -39,6 +39,8 @@ def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan
         qk_dims=_per_head(order.qk_dims, heads, target.qk_dim, dense.qk_dim),
         v_dims=_per_head(order.v_dims, heads, target.v_dim, dense.v_dim),
         neurons=_best(order.neurons, target.mlp_dim) if target.mlp_dim < dense.mlp_dim else None,
+        attn_features=_features(order.attn_features, target.attn_features, dense.attn_features),
+        mlp_features=_features(order.mlp_features, target.mlp_features, dense.mlp_features),
         num_tokens_out=target.num_tokens_out if merges else None,
         ranks=target.ranks,
     )
@@ -46,6 +48,10 @@ def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan
 
 def _best(order: Tensor, size: int) -> tuple[int, ...]:
     return tuple(sorted(order[:size].tolist()))
+
+
+def _features(order: Tensor | None, size: int | None, dense: int | None) -> tuple[int, ...] | None:
+    return None if size == dense or size is None or order is None else _best(order, size)
 
 
 def _per_head(
