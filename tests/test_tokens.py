@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import build, images
+from vitailor import shape as shape_module
 from vitailor import surgery, tokens
 from vitailor.hosts import shape_of
 from vitailor.layers import Block, BlockStack
@@ -151,14 +152,37 @@ def test_rounds_add_up_and_take_at_most_half(patches, matching, data):
         assert len(rounds) <= 4
 
 
-def test_gentle_rounds_merge_more_alike_tokens_than_one():
+def test_gentle_rounds_merge_more_alike_tokens_than_one(monkeypatch):
     """What four rounds lose of the variance between tokens is less than what one round loses."""
-    x = random(16, 64, 8).cumsum(1)  # neighbours resemble each other
-    lost = {}
-    for matching in ("ward", "cosine"):
-        state = merged(x, 32, prefix=0, matching=matching)
-        lost[matching] = float((tokens.unmerge(state) - x).square().sum())
-    assert lost["ward"] < lost["cosine"]
+    x = F.normalize(random(16, 64, 8).cumsum(1), dim=-1)  # neighbours resemble each other
+    lost = []
+    for rounds in (1, 4):
+        monkeypatch.setattr(shape_module, "ROUNDS", rounds)
+        monkeypatch.setattr(shape_module, "SHARE", rounds)
+        state = merged(x, 32, prefix=0, matching="ward")
+        lost.append(float((tokens.unmerge(state) - x).square().sum()))
+    assert lost[1] < 0.8 * lost[0]
+
+
+def test_later_rounds_compare_means():
+    """Two merged tokens are compared with a third by their mean, not by a sum that counts sizes twice."""
+    x = random(1, 41, 6)
+    size = torch.randint(1, 5, (1, 41), generator=torch.Generator().manual_seed(3)).double()
+    state = tokens.Tokens(x, size, torch.arange(41)[None])
+    found = tokens.merge(state, x, 21, 0, "ward")
+    step = state  # the same rounds one at a time, on the means that each left
+    for gone in merge_rounds(41, 20, "ward"):
+        step = _one_round(step, gone)
+    assert torch.equal(found.source, step.source)
+    torch.testing.assert_close(found.x, step.x)
+
+
+def _one_round(state: tokens.Tokens, gone: int) -> tokens.Tokens:
+    target = tokens._pair_off(state.x, state.size, gone, 0)
+    member = F.one_hot(target, state.x.shape[1] - gone).double().mT  # (B, out, in)
+    size = (member @ state.size.unsqueeze(-1)).squeeze(-1)
+    x = member @ (state.x * state.size.unsqueeze(-1)) / size.unsqueeze(-1)
+    return tokens.Tokens(x, size, target.gather(1, state.source))
 
 
 def test_the_most_similar_pair_goes_first():

@@ -252,7 +252,9 @@ class Block(nn.Module):
             state = state.replace(self.attend(state.x, bias))
         metric = self.norm2(state.x)
         if self.match_features is not None:
-            metric = metric[..., self.match_features]
+            # Gathering with an index for every token is several times faster than indexing here.
+            index = self.match_features.expand(*metric.shape[:2], -1)
+            metric = metric.gather(2, index)
         return tokens.merge(state, metric, num_out, num_prefix, matching, first_BN)
 
     def _added(self, x_BND: Tensor, y_BND: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 #: by class attention too; like "ward" in a model without prefix tokens. See `tokens.affinity`.
 Matching = Literal["attention", "ward", "cosine"]
 T = TypeVar("T", bound="Facts")
+#: Gentle merging takes about so many rounds, or merges at most one in so many sources in a round.
+ROUNDS, SHARE = 4, 4
 
 
 class Facts(BaseModel):
@@ -268,13 +270,13 @@ def revise(facts: T, **changes: Any) -> T:
 def merge_rounds(num_patches: int, num_merged: int, matching: Matching) -> list[int]:
     """How many tokens each round of merging removes (see `tokens.merge`).
 
-    ToMe's rule takes one round, more only to remove over half. The others go gently, in about four, so
-    that each round merges only what is very alike: at most a quarter of the sources, or what four equal
-    rounds need.
+    ToMe's rule takes one round, more only to remove over half. The others go gently, in about `ROUNDS`, so
+    that each round merges only what is very alike: at most one in `SHARE` of the sources, or what so many
+    equal rounds need.
     """
     most = num_merged
     if matching != "cosine":
-        most = max(-(-num_merged // 4), -(-((num_patches + 1) // 2) // 4))
+        most = max(-(-num_merged // ROUNDS), -(-((num_patches + 1) // 2) // SHARE))
     rounds = []
     while num_merged > 0:
         rounds.append(min(num_merged, most, (num_patches + 1) // 2))

@@ -113,20 +113,23 @@ def merge(
     n, size = tokens.x.shape[1], sizes(tokens)
     if n == num_out:
         return tokens
-    weight = None
+    # What a round asks of a token is summed over its members: features, size and weight.
+    # Who goes where is a choice without gradient.
+    columns = [metric_BNM.detach() * size.unsqueeze(-1), size.unsqueeze(-1)]
     if matching != "cosine":
         weight = size if attention_BN is None else shares(size, attention_BN, num_prefix)
+        columns.append(weight.unsqueeze(-1))
+    table = torch.cat(columns, dim=-1)
+    features = metric_BNM.shape[-1]
     target: Tensor | None = None
-    total = size
     for merged in merge_rounds(n - num_prefix, n - num_out, matching):
-        step = _pair_off(metric_BNM, weight, merged, num_prefix)
+        weight_BN = table[..., features + 1] if matching != "cosine" else None
+        step = _pair_off(table[..., :features], weight_BN, merged, num_prefix)
         n -= merged
+        table = _sum_into(table, step, n)
         target = step if target is None else step.gather(1, target)
-        if n > num_out:
-            metric_BNM = _sum_into(metric_BNM * total.unsqueeze(-1), step, n)
-            weight = None if weight is None else _sum_into(weight, step, n)
-        total = _sum_into(total, step, n)
     assert target is not None  # there was something to merge
+    total = table[..., features].to(tokens.x.dtype)
     x = _sum_into(tokens.x * size.unsqueeze(-1), target, n) / total.unsqueeze(-1)
     source = target if tokens.source is None else target.gather(1, tokens.source)
     return Tokens(x, total, source)
@@ -143,8 +146,8 @@ def affinity(metric_BNM: Tensor, weight_BN: Tensor | None) -> Tensor:
     cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     if weight_BN is None:
         return cosine
-    first, second = weight_BN[:, ::2].unsqueeze(2), weight_BN[:, 1::2].unsqueeze(1)
-    return (cosine - 1) * (first * second / (first + second))
+    inverse = 1 / weight_BN  # w_a w_b / (w_a + w_b) = 1 / (1 / w_a + 1 / w_b)
+    return (cosine - 1) / (inverse[:, ::2].unsqueeze(2) + inverse[:, 1::2].unsqueeze(1))
 
 
 def _pair_off(metric_BNM: Tensor, weight_BN: Tensor | None, merged: int, num_prefix: int) -> Tensor:
