@@ -17,7 +17,13 @@ from vitailor import tokens
 from vitailor.calibrate import BlockMoments, Moments, dense_sweep
 from vitailor.hosts import host_of, shape_of
 from vitailor.plan import BlockPlan, Plan
-from vitailor.reconstruct import compensate, compensate_fc2, compensate_out, sequential_sweep
+from vitailor.reconstruct import (
+    compensate,
+    compensate_fc2,
+    compensate_out,
+    match_mean_outputs,
+    sequential_sweep,
+)
 from vitailor.surgery import apply, select
 
 TINY_RIDGE = 1e-12
@@ -42,7 +48,8 @@ def moments_of(x: Tensor) -> Moments:
 
 def block_moments(mixed: Tensor, hidden: Tensor) -> BlockMoments:
     unused = torch.zeros(HEADS, V, V, dtype=torch.float64)
-    return BlockMoments(unused, unused, moments_of(mixed), moments_of(hidden))
+    inputs = Moments.zero(16, unused)
+    return BlockMoments(unused, unused, moments_of(mixed), inputs, moments_of(hidden))
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -252,3 +259,27 @@ def test_models_and_hooks_stay_as_they_are():
     # What was fitted can be trained.
     small(images(model)).sum().backward()
     assert all(p.grad is not None for p in small.blocks.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_mean_outputs_are_matched(name):
+    model = build(name, num_heads=HEADS, mlp_ratio=NEURONS / 16).double()
+    small = apply(model, Plan(blocks=(HALF,) * 2))
+    x = images(model, 12).double()
+    before, other = small(x) - model(x), small.get_parameter("norm.weight").clone()
+    assert before.mean(0).abs().max() > 1e-3
+    match_mean_outputs(model, small, list(x.split(5)))
+    after = small(x) - model(x)
+    assert after.mean(0).abs().max() < 1e-12
+    # Every image is shifted alike, and nothing but the heads changes.
+    torch.testing.assert_close(after - before, (-before.mean(0)).expand_as(before))
+    assert torch.equal(small.get_parameter("norm.weight"), other)
+
+
+def test_models_without_a_head_have_no_outputs_to_match():
+    model = build(num_classes=0, num_heads=HEADS, mlp_ratio=NEURONS / 16).double()
+    small = apply(model, Plan(blocks=(HALF,) * 2))
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    match_mean_outputs(model, small, [images(model, 4).double()])
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())

@@ -113,6 +113,21 @@ def sequential_sweep(
         states = _feed(block, states)
 
 
+@torch.inference_mode()
+def match_mean_outputs(dense: nn.Module, small: nn.Module, batches: Batches) -> None:
+    """Shift the logits of `small`, in place, so that their means over the images are the dense model's.
+
+    Freer maps of features or logits (scales, ridge regression) were measured and overfit the images.
+    """
+    host, device = host_of(small), next(small.parameters()).device
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        x = images_of(batch).to(device)
+        total = total + (dense(x) - small(x)).double().sum(0)
+        count += len(x)
+    host.shift_outputs(small, total / count)
+
+
 def _attend(block: Block, states: States) -> States:
     return [s.replace(block.attend(s.x, tokens.attention_bias(s))) for s in states]
 

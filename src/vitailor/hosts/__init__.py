@@ -61,6 +61,9 @@ class Host(Protocol):
     def finish(self, model: nn.Module, x: Tensor) -> Tensor:
         """Outputs of the model from the last block's tokens (B, N, D)."""
 
+    def shift_outputs(self, model: nn.Module, shift: Tensor) -> None:
+        """Add (num_classes,) to the logits, in place, in the biases of the heads; without any, nothing."""
+
 
 def all_hosts() -> tuple[Host, ...]:
     from .timm_vit import TimmViT

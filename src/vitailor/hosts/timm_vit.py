@@ -240,6 +240,12 @@ class TimmViT:
         host = cast(Any, model)
         return cast(Tensor, host.forward_head(host.norm(x)))
 
+    def shift_outputs(self, model: nn.Module, shift: Tensor) -> None:
+        for name in ("head", "head_dist"):  # their logits are averaged
+            head = getattr(model, name, None)
+            if isinstance(head, nn.Linear) and head.bias is not None:
+                head.bias.data += shift.to(head.bias)
+
 
 # -- what is supported ---------------------------------------------------------------------------
 

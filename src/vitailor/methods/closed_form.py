@@ -5,7 +5,8 @@
    backward elimination. Now any size of any dimension is a selection, and compensation is a regression.
 3. The harm of cutting each dimension of each block is measured at the outputs on a few images, and the
    budget is shared out where it harms least, over all dimensions at once.
-4. The model is cut, and a second sweep compensates block by block on the inputs each really gets.
+4. The model is cut, and a second sweep compensates block by block on the inputs each really gets; at
+   last the mean of the outputs is matched.
 5. Optionally, minutes of label-free distillation on the same images.
 
 The same code makes the usual baselines: other criteria, no compensation, uniform cuts.
@@ -43,7 +44,7 @@ from ..harm import measure
 from ..hosts import host_of
 from ..orders import plan_for
 from ..plan import Plan
-from ..reconstruct import sequential_sweep
+from ..reconstruct import match_mean_outputs, sequential_sweep
 from ..refine import distil
 from ..shape import Matching, ViTShape
 from ..simulate import Simulator
@@ -93,7 +94,7 @@ class ClosedForm(Method):
     matching: Matching = "attention"
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     harm_images: Annotated[int, Field(ge=1)] = 64
-    tune_images: Annotated[int, Field(ge=0)] = 256
+    tune_images: Annotated[int, Field(ge=0)] = 384
     taylor_labels: Literal["self", "given"] = "self"
     refine: Annotated[int, Field(ge=0)] = 0
     refine_lr: Annotated[float, Field(gt=0)] = 1e-5
@@ -135,6 +136,7 @@ class ClosedForm(Method):
         small = apply(ready.model, ready.plan)
         if self.compensation:
             sequential_sweep(ready.model, small, ready.plan, task.batches(), self.ridge)
+            match_mean_outputs(ready.model, small, task.batches())
         task.progress(4, stages)
         facts = dict(ready.facts)
         if self.refine:
