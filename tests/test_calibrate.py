@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from conftest import build, images
 from vitailor.calibrate import BlockMoments, Moments, dense_sweep
+from vitailor.criteria import variance, with_match_features
 from vitailor.errors import DataError
+from vitailor.plan import BlockPlan, Plan
+from vitailor.surgery import apply
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -128,3 +131,27 @@ def test_weighted_vectors_count_as_often_as_their_weight():
     assert weighted.count == repeated.count
     torch.testing.assert_close(weighted.mean, repeated.mean)
     torch.testing.assert_close(weighted.covariance, repeated.covariance)
+
+
+@torch.no_grad()
+def test_what_the_mlp_reads_and_which_features_vary():
+    model = model_of("plain")
+    x, seen = images(model, 6).double(), []
+    model.blocks[1].norm2.register_forward_hook(lambda _m, _a, out: seen.append(out.flatten(0, 1)))
+    found = dense_sweep(model, [x])[1]
+    read = seen[0]
+    torch.testing.assert_close(found.mlp_input.mean, read.mean(0))
+    torch.testing.assert_close(found.mlp_input.covariance, torch.cov(read.T, correction=0))
+    order = with_match_features(variance(found).order(), found).match_features
+    assert (read.var(0)[order].diff() <= 1e-12).all()
+
+
+@torch.no_grad()
+def test_a_model_that_merges_by_class_attention_is_calibrated_too():
+    model = model_of("plain")
+    plan = Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan()), matching="attention")
+    small, x = apply(model, plan), images(model, 6).double()
+    found, dense = dense_sweep(small, [x])[0], dense_sweep(model, [x])[0]
+    torch.testing.assert_close(found.query, dense.query)
+    torch.testing.assert_close(found.key, dense.key)
+    assert found.hidden.count == 6 * 6

@@ -343,3 +343,45 @@ def test_costs_of_a_pruned_deit_base():
         ):
             small.eval()(x)
         assert counter.get_total_flops() == 2 * shape.macs
+
+
+def test_what_goes_is_what_its_own_gate_ranks_lowest():
+    """Known gates of either sign, another order in each place."""
+    gated = insert_gates(MODELS["plain"])
+    generator, worst = torch.Generator().manual_seed(4), {}
+    for name, gate in gates.gates_of(gated):
+        values = 1 + torch.rand(gate.shape, generator=generator, dtype=gate.dtype)
+        low = torch.randperm(len(gate), generator=generator)[:3]
+        values[low] *= 1e-3
+        gate.data = values * torch.where(torch.arange(len(gate)) % 2 == 0, 1.0, -1.0)
+        worst[name] = set(low.tolist())
+    scores = importance(gated)
+    layers = threshold.rank(scores, FOUR, "layer", 0.0)
+    target = threshold.at_rate(SHAPE, layers, 3 / 24)
+    plan = plan_for(SHAPE, target, [s.order() for s in scores])
+    for i, cut in enumerate(plan.blocks):
+        gone = {
+            "attn.qkv": set(range(16)) - set(cut.attn_features),
+            "mlp.fc1": set(range(16)) - set(cut.mlp_features),
+            "mlp.fc2": set(range(24)) - set(cut.neurons),
+        }
+        for name, found in gone.items():
+            assert found <= worst[f"blocks.{i}.{name}.gate"]
+            assert len(found) >= 2
+    rows = scores[0].v_dims
+    expected = gated.blocks[0].attn.proj.gate.detach().abs().view(4, 4)
+    assert torch.equal(rows, expected)
+
+
+def test_dims_that_differ_are_not_cut_together():
+    uneven = shape_of(
+        apply(MODELS["plain"], Plan(blocks=(BlockPlan(qk_dims=((0, 1),) * 4), BlockPlan())))
+    )
+    layers = threshold.rank(scores_of(uneven), ("dims",))
+    with pytest.raises(UsageError, match=r"blocks\.0: dims of Q, K and V"):
+        threshold.at_rate(uneven, layers, 0.5)
+
+
+def test_models_without_gates_have_no_penalty():
+    with pytest.raises(UsageError, match="no gates"):
+        gates.l1(MODELS["plain"])

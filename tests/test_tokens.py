@@ -338,11 +338,11 @@ def test_class_attention_is_the_first_row_of_attention():
     small = surgery.apply(model, Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
     block = small.blocks.block(0)
     x, bias = random(2, 10, 16), random(2, 1, 1, 10)
-    y, row = block.attn.forward_with_class_attention(x, bias)
+    y, row = block.attn(x, attn_mask=bias, with_first_row=True)
     torch.testing.assert_close(y, block.attn(x, attn_mask=bias))
     q, k, _ = block.attn.heads(x)
     logits = block.attn.scale * torch.einsum("bhnk,bhmk->bhnm", q, k) + bias
-    torch.testing.assert_close(row, logits.softmax(-1)[:, :, 0].mean(1))
+    torch.testing.assert_close(row, logits.softmax(-1)[:, :, 0].mean(1).float())
     assert not row.requires_grad
 
 
@@ -387,3 +387,15 @@ def test_weighing_by_attention_needs_a_class_token(name):
     assert same is (not shape_of(model).num_prefix_tokens)
     row = 10 * 4 * shape_of(model).embed_dim // 4
     assert shape_of(attention).macs - shape_of(ward).macs == (0 if same else row)
+
+
+def test_half_precision_pairs_like_single():
+    """Weights are shares of many tokens, far below what half precision can tell apart."""
+    x = F.normalize(random(1, 401, 16).float().cumsum(1), dim=-1)
+    attention = random(1, 401, seed=1).float().softmax(-1)
+    for dtype in (torch.float16, torch.bfloat16):
+        found = tokens.merge(tokens.start(x.to(dtype)), x, 300, 1, "attention", attention.to(dtype))
+        exact = tokens.merge(tokens.start(x), x, 300, 1, "attention", attention)
+        assert found.x.dtype == dtype
+        assert (found.source == exact.source).float().mean() > 0.5
+        assert found.size.sum() == 401

@@ -113,8 +113,8 @@ def dense_sweep(model: nn.Module, batches: Batches) -> list[BlockMoments]:
     if not found[0].hidden.count:
         raise DataError("There are no calibration images.", "Give a folder with images.")
     for block in found:
-        block.query /= block.hidden.count
-        block.key /= block.hidden.count
+        block.query /= block.mixed.count
+        block.key /= block.mixed.count
     return found
 
 

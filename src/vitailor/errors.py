@@ -7,6 +7,7 @@ VitailorError
 ├── BudgetError              a budget that no plan can meet
 ├── DataError                images that are absent, unreadable or of the wrong kind
 ├── WeightsError             weights that cannot be read or do not fit the model
+├── TrainingError            training that went wrong: a loss that is not finite
 └── ArtifactError            a folder that cannot be written, or is no artifact
 
 A message says what is wrong and why; `fix` says how to mend it. The command line prints both on one
@@ -53,6 +54,10 @@ class DataError(VitailorError):
 
 class WeightsError(VitailorError):
     """Weights that cannot be read or do not fit the model."""
+
+
+class TrainingError(VitailorError):
+    """Training that went wrong."""
 
 
 class ArtifactError(VitailorError):

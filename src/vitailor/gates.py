@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import Importance
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, UsageError
 from .hosts import Tensors, host_of
 from .layers import Block
 
@@ -105,8 +105,15 @@ def gates_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def l1(model: nn.Module) -> Tensor:
-    """Sum of the absolute values of all gates, ||a||_1, to be added to the loss with a factor lambda."""
-    return torch.stack([gate.abs().sum() for _, gate in gates_of(model)]).sum()
+    """Sum of the absolute values of all gates, ||a||_1, to be added to the loss with a factor lambda.
+
+    Raises:
+        UsageError: when the model has no gates.
+    """
+    sums = [gate.abs().sum() for _, gate in gates_of(model)]
+    if not sums:
+        raise UsageError("The model has no gates.", "Insert them first (insert_gates).")
+    return torch.stack(sums).sum()
 
 
 @torch.no_grad()

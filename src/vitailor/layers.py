@@ -164,27 +164,23 @@ class Attention(nn.Module):
         return z[..., : self.v_dim]
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return self._out(self.mix(*self.heads(x), attn_mask, is_causal))
-
-    def forward_with_class_attention(
-        self, x_BND: Tensor, attn_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and how much the first token attends to every token.
-
-        Returns:
-            (B, N, D) and (B, N), the mean over heads of the first row of attention, without gradient.
-        """
-        q, k, v = self.heads(x_BND)
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        with_first_row: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, D); and if asked for, (B, N) how much the first token attends to every token: the mean
+        over heads of the first row of attention, without gradient."""
+        q, k, v = self.heads(x)
+        z_BHNV = self.mix(q, k, v, attn_mask, is_causal)
+        out = cast(Tensor, self.proj_drop(self.proj(z_BHNV.transpose(1, 2).flatten(2))))
+        if not with_first_row:
+            return out
         with torch.no_grad():
-            logits = self.scale * (q[:, :, :1] @ k.transpose(-1, -2))
+            logits = (self.scale * q[:, :, :1]) @ k.transpose(-1, -2)
             logits = logits if attn_mask is None else logits + attn_mask
-            first_BN = logits.softmax(-1).mean(1).squeeze(1)
-        return self._out(self.mix(q, k, v, attn_mask)), first_BN
-
-    def _out(self, z_BHNV: Tensor) -> Tensor:
-        return cast(Tensor, self.proj_drop(self.proj(z_BHNV.transpose(1, 2).flatten(2))))
+            return out, logits.float().softmax(-1).mean(1).squeeze(1)
 
 
 class Block(nn.Module):
@@ -245,8 +241,7 @@ class Block(nn.Module):
             return state.replace(self.attend(state.x, bias))
         first_BN = None
         if matching == "attention" and num_prefix:
-            attn = cast(Attention, self.attn)
-            y, first_BN = attn.forward_with_class_attention(self.norm1(state.x), bias)
+            y, first_BN = self.attn(self.norm1(state.x), attn_mask=bias, with_first_row=True)
             state = state.replace(self._added(state.x, y))
         else:
             state = state.replace(self.attend(state.x, bias))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .criteria import Order
+from .errors import PlanError
 from .plan import BlockPlan, Plan
 from .shape import BlockShape, ViTShape
 
@@ -15,6 +16,8 @@ def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan
     """The plan that cuts a model of shape `dense` to `target`, keeping the best units of every order."""
     blocks = zip(dense.blocks, target.blocks, orders, strict=True)
     plans = tuple(block_plan(d, t, o) for d, t, o in blocks)
+    if not target.merges_tokens:
+        return Plan(blocks=plans)
     features = match_features(dense, target, orders)
     return Plan(blocks=plans, matching=target.matching, match_features=features)
 
@@ -51,7 +54,11 @@ def _best(order: Tensor, size: int) -> tuple[int, ...]:
 
 
 def _features(order: Tensor | None, size: int | None, dense: int | None) -> tuple[int, ...] | None:
-    return None if size == dense or size is None or order is None else _best(order, size)
+    if size == dense or size is None:
+        return None
+    if order is None:
+        raise PlanError("Input features are to be cut, but the criterion does not order them.")
+    return _best(order, size)
 
 
 def _per_head(

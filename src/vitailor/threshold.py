@@ -64,7 +64,7 @@ class Layer:
     def kept(self, rate: float) -> int:
         """Units for each group that stay when a share `rate` of all that compete goes."""
         above = sum(rank >= rate for rank in self.ranks)
-        return max(1, self.least // self.groups, round(above / self.groups))
+        return max(1, -(-self.least // self.groups), round(above / self.groups))
 
 
 def rank(
@@ -164,6 +164,14 @@ def _given_back(
 
 
 def _with(dense: ViTShape, counts: Sequence[tuple[Layer, int]]) -> ViTShape:
+    for layer, _ in counts:
+        block = dense.blocks[layer.block]
+        if layer.kind == "dims" and (block.qk_dim != block.v_dim or dense.qk_norm):
+            raise UsageError(
+                f"blocks.{layer.block}: dims of Q, K and V cannot be cut together: they differ, or Q and K "
+                "are normalised.",
+                "Cut value dims alone.",
+            )
     changes: list[dict[str, int]] = [{} for _ in dense.blocks]
     for layer, count in counts:
         if count < len(layer.ranks) // layer.groups:

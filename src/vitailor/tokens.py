@@ -115,6 +115,7 @@ def merge(
         return tokens
     # What a round asks of a token is summed over its members: features, size and weight.
     # Who goes where is a choice without gradient.
+    size = size.to(torch.promote_types(size.dtype, torch.float32))  # for weights far below 1
     columns = [metric_BNM.detach() * size.unsqueeze(-1), size.unsqueeze(-1)]
     if matching != "cosine":
         weight = size if attention_BN is None else shares(size, attention_BN, num_prefix)
@@ -130,7 +131,7 @@ def merge(
         target = step if target is None else step.gather(1, target)
     assert target is not None  # there was something to merge
     total = table[..., features].to(tokens.x.dtype)
-    x = _sum_into(tokens.x * size.unsqueeze(-1), target, n) / total.unsqueeze(-1)
+    x = _sum_into(tokens.x * size.unsqueeze(-1).to(tokens.x.dtype), target, n) / total.unsqueeze(-1)
     source = target if tokens.source is None else target.gather(1, tokens.source)
     return Tokens(x, total, source)
 

@@ -116,11 +116,12 @@ class ClosedForm(Method):
                 "Allow other dimensions, or give a budget in MACs.",
             )
         if budget.metric in ("macs", "params"):
+            limit, shape = budget.limit(shape), self._merging(shape)
             sizes = (self._dimensions(shape), Steps.for_shape(shape))
             if self.allocation == "uniform":
-                allocate_uniform(shape, budget.metric, budget.limit(shape), *sizes)
+                allocate_uniform(shape, budget.metric, limit, *sizes)
             else:
-                require_reachable(shape, budget.metric, budget.limit(shape), *sizes)
+                require_reachable(shape, budget.metric, limit, *sizes)
 
     def plan(self, task: Task) -> Plan:
         if keeps_all(task.budget, task.shape):
@@ -150,21 +151,27 @@ class ClosedForm(Method):
         """Steps 1 to 3: everything up to the plan."""
         stages = 4 + bool(self.refine)
         task.progress(0, stages)
-        needs_moments = self.compensation or self.criterion in ("output_error", "variance")
-        moments = dense_sweep(task.model, task.batches()) if needs_moments else []
+        moments = dense_sweep(task.model, task.batches()) if self._needs_moments else []
         model = task.model
         if self.criterion == "output_error":
             model, moments = rotate(task.model, moments)
         orders = self._orders(task, model, moments)
-        compared = None
         if moments:
             orders = [with_match_features(o, m) for o, m in zip(orders, moments, strict=True)]
-            compared = max(1, task.shape.embed_dim // MATCH_SHARE)
-        shape = with_matching(task.shape, self.matching, compared)
+        shape = self._merging(task.shape)
         task.progress(1, stages)
         target, facts = self._allocate(task, shape, model, moments, orders)
         task.progress(2, stages)
         return _Prepared(model, plan_for(shape, target, orders), facts)
+
+    @property
+    def _needs_moments(self) -> bool:
+        return self.compensation or self.criterion in ("output_error", "variance")
+
+    def _merging(self, shape: ViTShape) -> ViTShape:
+        """The shape with the rule of merging, whose cost counts."""
+        compared = max(1, shape.embed_dim // MATCH_SHARE) if self._needs_moments else None
+        return with_matching(shape, self.matching, compared)
 
     def _dimensions(self, shape: ViTShape) -> tuple[Dimension, ...]:
         wanted: tuple[Dimension, ...] = self.dimensions or (
@@ -233,5 +240,5 @@ class ClosedForm(Method):
             return allocate_tuned(harm, together, metric, limit, dimensions, steps)
 
         target = within(task.budget, shape, marginal, milliseconds)
-        facts["harm_evaluations"] = single.evaluations + together.evaluations
+        facts["harm_evaluations"] = sum(s.evaluations for s in {single, together})
         return target, facts

@@ -21,7 +21,7 @@ class TokenMerge(Method):
     """Merge a constant number of tokens in every block.
 
     Args:
-        matching: "cosine" pairs tokens as ToMe does, "ward" also weighs how many each stands for.
+        matching: how tokens are paired, see `shape.Matching`; "cosine" as ToMe does.
     """
 
     name: ClassVar[str] = "token-merge"
@@ -35,8 +35,8 @@ class TokenMerge(Method):
                 "Merging tokens removes no parameters.", "Give a budget in MACs or latency."
             )
         if budget.metric == "macs":
-            limit = budget.limit(shape)
-            allocate_uniform(shape, "macs", limit, ("tokens",), Steps.for_shape(shape))
+            limit, steps = budget.limit(shape), Steps.for_shape(shape)
+            allocate_uniform(with_matching(shape, self.matching), "macs", limit, ("tokens",), steps)
 
     def plan(self, task: Task) -> Plan:
         if keeps_all(task.budget, task.shape):

@@ -1,0 +1,8 @@
+"""One training loop for everything that trains: fine-tuning, distillation and sparse training with gates."""
+
+from __future__ import annotations
+
+from .config import TrainConfig
+from .loop import Event, TrainResult, fit
+
+__all__ = ["Event", "TrainConfig", "TrainResult", "fit"]

@@ -1,0 +1,400 @@
+"""The loop: updates on Accelerate, validation each epoch, checkpoints, and an exact way back from them.
+
+All randomness of an update is drawn from (seed, epoch, update, process), so a resumed training needs no
+state of generators: at equal thread and process count its weights are those of an uninterrupted one, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..data import ImageSet
+from ..errors import TrainingError, UsageError
+from ..evaluation import evaluate
+from . import checkpoints
+from .config import TrainConfig
+from .images import batches, reseed
+from .losses import Outputs, total_loss
+
+#: Adds to the loss from the model alone, e.g. an L1 norm of gates.
+Penalty = Callable[[nn.Module], Tensor]
+#: Changes a model's parameters in place after each update, given the learning rate of gates.
+AfterUpdate = Callable[[nn.Module, float], None]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where training stands, after an update or, with `top1`, after an epoch's validation.
+
+    Attributes:
+        epoch, epochs: the present one, counted from 1, and how many.
+        update, updates: of this epoch.
+        loss: mean over the epoch so far.
+        lr: of the weights.
+        images_per_s: over all processes, since the start of this run.
+        seconds_left: at that speed.
+        top1: on the validation images, in percent.
+    """
+
+    epoch: int
+    epochs: int
+    update: int
+    updates: int
+    loss: float
+    lr: float
+    images_per_s: float
+    seconds_left: float
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of training.
+
+    Attributes:
+        epochs: how many were done in all.
+        losses: mean loss of each epoch.
+        top1: validation accuracy after each epoch, in percent; empty without validation images.
+        images_per_s: over all processes, validation apart.
+    """
+
+    epochs: int
+    losses: tuple[float, ...]
+    top1: tuple[float, ...]
+    images_per_s: float
+
+
+def fit(
+    model: nn.Module,
+    config: TrainConfig,
+    images: ImageSet,
+    *,
+    val: ImageSet | None = None,
+    teacher: nn.Module | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    penalty: Penalty | None = None,
+    after_update: AfterUpdate | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    cpu: bool = False,
+) -> TrainResult:
+    """Train a model in place.
+
+    Runs on whatever Accelerate finds, and as one of several processes under `accelerate launch` or
+    `torchrun`: these see the same images for an update as one process does.
+
+    Args:
+        model: in float32; afterwards on its old device, in eval mode.
+        images: training images; open them with `images.Augmentation` to have them augmented.
+        val: labeled validation images.
+        teacher: for distillation; left as it is.
+        folder: for checkpoints, "last.pt" and "best.pt" (by top-1 on `val`, else by loss); None for none.
+        resume: go on from "last.pt", if there is one.
+        penalty: added to the loss.
+        after_update: called after each update, e.g. for a proximal step.
+        on_event: told about progress, in the first process only.
+        cpu: stay on the CPU even where there is an accelerator.
+
+    Raises:
+        UsageError, DataError: before training, for what cannot work.
+        TrainingError: when the loss is not finite; weights in checkpoints are from before.
+    """
+    _check(model, config, images, teacher)
+    home = next(model.parameters()).device
+    # Accelerate remembers the precision of a process's first training and refuses another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.precision,
+        log_with=config.tracker,
+        project_dir=folder if config.tracker else None,
+    )
+    processes = accelerator.num_processes
+    if config.batch_size % (config.accumulate * processes):
+        raise UsageError(
+            f"batch_size {config.batch_size} cannot be shared out over {processes} processes with "
+            f"accumulate {config.accumulate}.",
+            "Make it a multiple of both.",
+        )
+    state = (
+        checkpoints.load(folder, checkpoints.LAST, config, processes) if folder and resume else None
+    )
+    with _generators_as_before():
+        run = _Run(model, config, images, teacher, accelerator, penalty, after_update)
+        run.val, run.folder, run.on_event = val, folder, on_event
+        result = run.train(state)
+    model.to(home).eval()
+    return result
+
+
+class _Run:
+    """One training: what `fit` was given, and where it stands."""
+
+    val: ImageSet | None = None
+    folder: Path | None = None
+    on_event: Callable[[Event], None] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        images: ImageSet,
+        teacher: nn.Module | None,
+        accelerator: Accelerator,
+        penalty: Penalty | None,
+        after_update: AfterUpdate | None,
+    ) -> None:
+        self.model, self.config, self.images = model, config, images
+        self.accelerator, self.penalty, self.after_update = accelerator, penalty, after_update
+        features = config.distill == "feature"
+        model.to(accelerator.device)
+        optimizer = create_optimizer_v2(
+            _groups(model, config), opt=config.optimizer, lr=config.lr, weight_decay=0.0
+        )
+        self.updates = -(-len(images) // config.batch_size)
+        self.scheduler = create_scheduler_v2(
+            optimizer,
+            sched=config.schedule,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )[0]
+        self.wrapped, self.optimizer = accelerator.prepare(Outputs(model, features), optimizer)
+        self.teacher: nn.Module | None = None
+        if config.distill is not None and teacher is not None:
+            # A view of the caller's teacher: neither its mode nor its device may change.
+            self.teacher = Outputs(_frozen(teacher, accelerator.device), features)
+        self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
+        self.mixup = None
+        if config.mixes:
+            self.mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=int(getattr(model, "num_classes", 0)),
+            )
+        self.losses: list[float] = []
+        self.top1: list[float] = []
+        self.seen, self.seconds = 0, 0.0
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def train(self, state: dict[str, Any] | None) -> TrainResult:
+        if self.config.tracker:
+            self.accelerator.init_trackers("vitailor", config=checkpoints.settings(self.config))
+        begin, update, total = self._restore(state)
+        for epoch in range(begin, self.config.epochs):
+            self._epoch(epoch, update, total)
+            update, total = 0, 0.0
+        if self.config.tracker:
+            self.accelerator.end_training()
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        speed = self.seen / self.seconds if self.seconds else 0.0
+        return TrainResult(len(self.losses), tuple(self.losses), tuple(self.top1), speed)
+
+    def _epoch(self, epoch: int, first: int, total: float) -> None:
+        config, accelerator = self.config, self.accelerator
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        found = iter(batches(self.images, config, rank, processes, epoch, first))
+        for update in range(first, self.updates):
+            started = time.perf_counter()
+            self.wrapped.train()
+            total += self._update(epoch, update, found)
+            self.seen += config.batch_size
+            self.seconds += time.perf_counter() - started
+            every = config.checkpoint_every
+            if every and (update + 1) % every == 0 and update + 1 < self.updates:
+                self._save(checkpoints.LAST, epoch, update + 1, total)
+            self._tell(epoch, update + 1, total / (update + 1))
+        self.losses.append(total / self.updates)
+        if self.val is not None:
+            judged = self.ema.module if self.ema is not None else self.model
+            self.top1.append(evaluate(judged, self.val).top1)
+            self._tell(epoch, self.updates, self.losses[-1], self.top1[-1])
+        scores = self.top1 or [-loss for loss in self.losses]
+        self._save(checkpoints.LAST, epoch + 1, 0, 0.0)
+        if scores[-1] == max(scores):
+            self._save(checkpoints.BEST, epoch + 1, 0, 0.0)
+
+    def _update(self, epoch: int, update: int, found: Iterator[Any]) -> float:
+        """One step of the optimiser; returns the loss over the whole global batch."""
+        config, accelerator = self.config, self.accelerator
+        step = epoch * self.updates + update
+        self.scheduler.step_update(step)
+        parts: list[Tensor] = []
+        for part in range(config.accumulate):
+            last = part == config.accumulate - 1
+            x, labels, _ = next(found)
+            # Images seed the generators they draw from; everything after them draws from these.
+            reseed(config.seed, epoch, update, part, accelerator.process_index)
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss = self._loss(x.to(accelerator.device), labels.to(accelerator.device))
+                parts.append(loss.detach())
+                accelerator.backward(loss / config.accumulate)
+        mean: Tensor = accelerator.reduce(torch.stack(parts).mean(), reduction="mean")
+        value = float(mean)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The loss is {value} at epoch {epoch + 1}, update {update + 1} of {self.updates}.",
+                f"{self._last_good()} Lower the learning rate, or clip gradients.",
+            )
+        if config.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.after_update is not None:
+            self.after_update(self.model, self.optimizer.param_groups[-1]["lr"])
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
+        if config.tracker:
+            accelerator.log({"loss": value, "lr": self._lr()}, step=step)
+        return value
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        if self.mixup is not None:
+            x, labels = self.mixup(x, labels)
+        truth = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                truth = self.teacher(x)
+        loss = total_loss(self.wrapped(x), truth, labels, self.config)
+        return loss if self.penalty is None else loss + self.penalty(self.model)
+
+    # -- progress --------------------------------------------------------------------------------
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _tell(self, epoch: int, update: int, loss: float, top1: float | None = None) -> None:
+        if self.on_event is None or not self.accelerator.is_main_process:
+            return
+        speed = self.seen / self.seconds if self.seconds else 0.0
+        left = (self.config.epochs - epoch) * self.updates - update
+        seconds = left * self.config.batch_size / speed if speed else math.inf
+        epochs = self.config.epochs
+        self.on_event(
+            Event(epoch + 1, epochs, update, self.updates, loss, self._lr(), speed, seconds, top1)
+        )
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _save(self, name: str, epoch: int, update: int, total: float) -> None:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "config": checkpoints.settings(self.config),
+            "processes": self.accelerator.num_processes,
+            "epoch": epoch,
+            "update": update,
+            "total": total,
+            "losses": self.losses,
+            "top1": self.top1,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        checkpoints.save(self.folder, name, state)
+
+    def _restore(self, state: dict[str, Any] | None) -> tuple[int, int, float]:
+        """Epoch and update to go on with, and the sum of that epoch's losses so far."""
+        if state is None:
+            return 0, 0, 0.0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.losses, self.top1 = list(state["losses"]), list(state["top1"])
+        return state["epoch"], state["update"], state["total"]
+
+    def _last_good(self) -> str:
+        path = self.folder / checkpoints.LAST if self.folder is not None else None
+        if path is None or not path.exists():
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is {path}."
+
+
+def _check(
+    model: nn.Module, config: TrainConfig, images: ImageSet, teacher: nn.Module | None
+) -> None:
+    if config.needs_labels and not images.labeled:
+        raise UsageError(
+            f"{images.source} has no labels, which this training needs.",
+            "Sort the images into class folders, or distil with alpha 1.",
+        )
+    if config.distill is not None and teacher is None:
+        raise UsageError(
+            f"distill '{config.distill}' needs a teacher.", "Pass teacher=, or --teacher."
+        )
+    if config.mixes and config.batch_size // config.accumulate % 2:
+        raise UsageError("Mixup and CutMix need an even number of images.", "Change batch_size.")
+    if next(model.parameters()).dtype != torch.float32:
+        raise UsageError(
+            "Weights are trained in float32.", "Convert the model, and set precision for speed."
+        )
+
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not, and gates have their own learning rate; gates come last."""
+    found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
+    skip: set[str] = (
+        cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    )
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.rpartition(".")[2] == "gate":
+            found["gates"].append(parameter)
+        elif parameter.dim() < 2 or name in skip:
+            found["vectors"].append(parameter)
+        else:
+            found["matrices"].append(parameter)
+    gate_lr = config.gate_lr or config.lr
+    groups = [
+        {"params": found["matrices"], "weight_decay": config.weight_decay, "lr": config.lr},
+        {"params": found["vectors"], "weight_decay": 0.0, "lr": config.lr},
+        {"params": found["gates"], "weight_decay": 0.0, "lr": gate_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
+    frozen = copy.deepcopy(teacher).to(device).eval()
+    return frozen.requires_grad_(False)
+
+
+@contextmanager
+def _generators_as_before() -> Iterator[None]:
+    """Every global generator afterwards as it was."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

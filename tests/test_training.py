@@ -1,0 +1,389 @@
+"""The training loop: what it computes does not depend on how it is run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import build, images
+from vitailor.data import open_images
+from vitailor.errors import TrainingError, UsageError
+from vitailor.gates import gates_of, insert_gates, l1, shrink
+from vitailor.preprocessing import Preprocessing
+from vitailor.training import Event, TrainConfig, fit
+from vitailor.training.images import Augmentation, GlobalBatches, Seeded
+from vitailor.training.losses import teacher_loss, total_loss
+
+QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hflip": 0.0}
+
+
+def dataset(count: int = 20, model: nn.Module | None = None) -> Any:
+    model = build() if model is None else model
+    x = images(model, count).float()
+    return open_images([(x, torch.arange(count) % 5)], None)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# -- what is seen --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_share_the_same_global_batches(processes, accumulate):
+    whole = list(GlobalBatches(20, 8, 1, 0, 1, seed=3, epoch=1))
+    assert len(whole) == 3
+    assert sorted({index for batch in whole for _, index in batch}) == list(range(20))
+    parts = [
+        list(GlobalBatches(20, 8, accumulate, rank, processes, seed=3, epoch=1))
+        for rank in range(processes)
+    ]
+    for update, batch in enumerate(whole):
+        found = [
+            key
+            for part in range(accumulate)
+            for rank in range(processes)
+            for key in parts[rank][update * accumulate + part]
+        ]
+        assert found == batch
+    rest = list(GlobalBatches(20, 8, accumulate, 0, processes, seed=3, epoch=1, first=2))
+    assert rest == parts[0][2 * accumulate :]
+    assert whole != list(GlobalBatches(20, 8, 1, 0, 1, seed=3, epoch=2))
+    assert whole != list(GlobalBatches(20, 8, 1, 0, 1, seed=4, epoch=1))
+
+
+def test_sets_smaller_than_a_batch_are_repeated():
+    (batch,) = GlobalBatches(3, 8, 1, 0, 1, seed=0, epoch=0)
+    assert sorted(index for _, index in batch)[::3] == [0, 1, 2] or len(batch) == 8
+    assert {index for _, index in batch} == {0, 1, 2}
+
+
+def digits(config: TrainConfig) -> Any:
+    plain = Preprocessing(
+        input_size=(3, 32, 32),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    return open_images("digits:train", Augmentation.of(plain, config))
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    config = TrainConfig(
+        scale=(0.3, 1.0), rand_augment="rand-m9-mstd0.5", random_erasing=0.5, hflip=0.5
+    )
+    seeded = Seeded(digits(config), 7)
+    first = seeded[0, 3][0]
+    assert first.shape == (3, 32, 32)
+    torch.rand(5)
+    seeded[1, 9]
+    assert torch.equal(seeded[0, 3][0], first)
+    assert not torch.equal(seeded[1, 3][0], first)
+    assert not torch.equal(Seeded(digits(config), 8)[0, 3][0], first)
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees():
+    config = TrainConfig(hflip=0.0)
+    plain = Preprocessing(
+        input_size=(3, 32, 32),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    expected = open_images("digits:train", plain)[5][0]
+    assert torch.equal(Seeded(digits(config), 0)[0, 5][0], expected)
+
+
+# -- losses --------------------------------------------------------------------------------------
+
+
+def test_distillation_losses_written_out():
+    torch.manual_seed(0)
+    student = (torch.randn(4, 6), torch.randn(4, 5))
+    teacher = (torch.randn(4, 6), torch.randn(4, 5))
+    soft = TrainConfig(distill="soft", temperature=3.0)
+    p, q = (teacher[1] / 3).softmax(-1), (student[1] / 3).softmax(-1)
+    expected = 9 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(teacher_loss(student, teacher, soft), expected)
+    hard = teacher_loss(student, teacher, TrainConfig(distill="hard"))
+    rows = student[1].log_softmax(-1)[torch.arange(4), teacher[1].argmax(-1)]
+    torch.testing.assert_close(hard, -rows.mean())
+    feature = teacher_loss(student, teacher, TrainConfig(distill="feature"))
+    torch.testing.assert_close(
+        feature, (student[0] - teacher[0]).square().sum() / teacher[0].square().sum()
+    )
+    labels = torch.tensor([0, 1, 2, 3])
+    both = total_loss(student, teacher, labels, TrainConfig(distill="hard", alpha=0.3))
+    task = nn.functional.cross_entropy(student[1], labels)
+    torch.testing.assert_close(both, 0.3 * hard + 0.7 * task)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
+def test_a_student_comes_nearer_to_its_teacher_without_labels(kind):
+    teacher, student = build(seed=1), build(seed=2)
+    before = weights(teacher)
+    x = images(teacher, 16).float()
+    data = open_images([x], None)
+    config = TrainConfig(**QUICK | {"epochs": 8, "distill": kind, "lr": 3e-3})
+    result = fit(student, config, data, teacher=teacher)
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    assert torch.equal(weights(teacher), before)
+
+
+# -- the loop ------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_tells():
+    model, events = build(), list[Event]()
+    random_state = torch.get_rng_state()
+    result = fit(
+        model,
+        TrainConfig(**QUICK | {"epochs": 6, "lr": 3e-3}),
+        dataset(),
+        val=dataset(),
+        on_event=events.append,
+    )
+    assert result.losses[-1] < 0.9 * result.losses[0]
+    assert len(result.losses) == len(result.top1) == result.epochs == 6
+    assert [e.update for e in events[:4]] == [1, 2, 3, 3]
+    assert events[3].top1 == result.top1[0]
+    assert events[-2].seconds_left == 0
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_accumulation_is_the_big_batch():
+    found = []
+    for accumulate in (1, 4):
+        model = build(seed=5)
+        # Not Adam: it makes steps out of the rounding noise where gradients are zero.
+        config = TrainConfig(**QUICK | {"lr": 0.1}, optimizer="sgd", accumulate=accumulate)
+        fit(model, config, dataset())
+        found.append(weights(model))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    assert (found[0] - weights(build(seed=5))).abs().max() > 1e-3
+
+
+def test_workers_change_nothing():
+    found = []
+    for workers in (0, 2):
+        model = build(seed=5)
+        fit(model, TrainConfig(**QUICK | {"epochs": 1}, workers=workers), dataset())
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+
+
+def test_gates_have_their_own_learning_rate_and_no_decay():
+    model = insert_gates(build())
+    start = {name: gate.detach().clone() for name, gate in gates_of(model)}
+    config = TrainConfig(**QUICK | {"lr": 1e-12, "weight_decay": 0.5}, gate_lr=1e-2)
+    before = weights(build())
+    fit(model, config, dataset())
+    assert all((gate - start[name]).abs().max() > 1e-3 for name, gate in gates_of(model))
+    kept = torch.cat(
+        [p.detach().flatten() for n, p in model.named_parameters() if not n.endswith(".gate")]
+    )
+    torch.testing.assert_close(kept, before, atol=1e-6, rtol=0)
+
+
+def test_penalties_and_proximal_steps_make_gates_small():
+    sums = {}
+    for name, extra in {
+        "plain": {},
+        "loss": {"penalty": lambda m: 0.1 * l1(m)},
+        "proximal": {"after_update": lambda m, lr: shrink(m, 0.5 * lr)},
+    }.items():
+        model = insert_gates(build())
+        fit(model, TrainConfig(**QUICK, gate_lr=1e-2), dataset(), **extra)
+        sums[name] = l1(model).item()
+    assert sums["loss"] < sums["plain"]
+    assert sums["proximal"] < sums["plain"]
+
+
+def test_a_moving_average_is_what_is_returned():
+    plain, averaged = build(), build()
+    start = weights(plain)
+    fit(plain, TrainConfig(**QUICK), dataset())
+    fit(averaged, TrainConfig(**QUICK, ema=0.9), dataset())
+    moved = (weights(plain) - start).norm()
+    assert 0 < (weights(averaged) - start).norm() < moved
+
+
+def test_mixing_images_trains_on_distributions():
+    result = fit(build(), TrainConfig(**QUICK, mixup=0.8, cutmix=1.0), dataset())
+    assert all(0 < loss < 5 for loss in result.losses)
+
+
+def test_half_precision_stays_close():
+    exact, rough = build(), build()
+    fit(exact, TrainConfig(**QUICK), dataset())
+    fit(rough, TrainConfig(**QUICK, precision="bf16"), dataset())
+    assert 0 < (weights(exact) - weights(rough)).norm() < 0.1 * weights(exact).norm()
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
+    model = build()
+    calls = 0
+
+    def explode(_: nn.Module) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tensor(float("nan") if calls == 5 else 0.0)
+
+    with pytest.raises(
+        TrainingError, match=r"nan at epoch 2, update 2 of 3\. The last good .*last\.pt"
+    ):
+        fit(model, TrainConfig(**QUICK), dataset(), folder=tmp_path, penalty=explode)
+    assert torch.isfinite(weights(model)).all()
+
+
+# -- interruptions -------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9, "mixup": 0.8}, {"precision": "bf16"}])
+def test_resumed_equals_uninterrupted(tmp_path, stop, extra):
+    overrides = {"drop_rate": 0.1, "drop_path_rate": 0.1}
+    config = TrainConfig(**QUICK | extra, checkpoint_every=1)
+    whole = build(**overrides)
+    expected = fit(whole, config, dataset(), val=dataset(), folder=tmp_path / "whole")
+
+    def interrupt(event: Event) -> None:
+        if (event.epoch, event.update) == stop:
+            raise Stop
+
+    model = build(**overrides)
+    with pytest.raises(Stop):
+        fit(model, config, dataset(), val=dataset(), folder=tmp_path / "cut", on_event=interrupt)
+    again = build(seed=9, **overrides)
+    found = fit(again, config, dataset(), val=dataset(), folder=tmp_path / "cut", resume=True)
+    assert torch.equal(weights(again), weights(whole))
+    assert (found.losses, found.top1) == (expected.losses, expected.top1)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    fit(build(), TrainConfig(**QUICK), dataset(), folder=tmp_path)
+    other = TrainConfig(**QUICK | {"lr": 2e-3})
+    with pytest.raises(UsageError, match=r"made with another lr: 0\.001, not 0\.002"):
+        fit(build(), other, dataset(), folder=tmp_path, resume=True)
+    free = TrainConfig(**QUICK, checkpoint_every=5, workers=1)
+    fit(build(), free, dataset(), folder=tmp_path, resume=True)
+
+
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from conftest import build
+from test_training import QUICK, dataset, weights
+from vitailor.training import TrainConfig, fit
+folder = Path(sys.argv[1])
+model, slow = build(drop_path_rate={drop}), len(sys.argv) > 2
+def on_event(event):
+    if slow:
+        import time
+        time.sleep(0.3)
+config = TrainConfig(**QUICK, checkpoint_every=1)
+result = fit(model, config, dataset(), folder=folder, resume=True, on_event=on_event, cpu=True)
+torch.save(weights(model), folder / "weights.pt")
+(folder / "losses.json").write_text(json.dumps(result.losses))
+"""
+
+
+def start(folder: Path, *extra: str, launcher: tuple[str, ...] = (), drop: float) -> Any:
+    folder.mkdir(exist_ok=True)
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), drop=drop))
+    source = str(Path(__file__).parents[1] / "src")
+    paths = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), str(folder), *extra]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    whole = start(tmp_path / "whole", drop=0.2)
+    killed = start(tmp_path / "killed", "slow", drop=0.2)
+    checkpoint = tmp_path / "killed" / "last.pt"
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "weights.pt").exists()
+    again = start(tmp_path / "killed", drop=0.2)
+    for process in (whole, again):
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out.decode()
+    found = [torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed")]
+    assert torch.equal(*found)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = start(tmp_path / "two", launcher=launcher, drop=0.0)
+    one = start(tmp_path / "one", drop=0.0)
+    for process in (one, two):
+        out, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, out.decode()
+    losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"epoch": 3}, "epoch"),
+        ({"epochs": 0}, "epochs"),
+        ({"lr": -1.0}, "lr"),
+        ({"precision": "fp8"}, "precision"),
+        ({"batch_size": 9, "accumulate": 2}, "not a multiple of accumulate"),
+        ({"scale": (0.9, 0.1)}, "scale"),
+    ],
+)
+def test_bad_settings_are_named(settings, what):
+    with pytest.raises(UsageError, match=what):
+        TrainConfig(**settings)
+
+
+def test_bad_input_is_refused_before_training():
+    model = build()
+    unlabeled = open_images([images(model, 4).float()], None)
+    before = copy.deepcopy(model.state_dict())
+    for settings, data, message in (
+        ({}, unlabeled, "has no labels"),
+        ({"distill": "soft"}, unlabeled, "needs a teacher"),
+        ({"mixup": 0.5, "batch_size": 5}, dataset(), "even number"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            fit(model, TrainConfig(**QUICK | settings), data)
+    with pytest.raises(UsageError, match="float32"):
+        fit(build().double(), TrainConfig(**QUICK), dataset())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
