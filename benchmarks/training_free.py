@@ -26,6 +26,7 @@ from vitailor.benchmarking import conditions
 from vitailor.budget import Budget
 from vitailor.compression import compress
 from vitailor.data import ImageSet, open_images
+from vitailor.errors import BudgetError
 from vitailor.evaluation import evaluate, paired_difference
 from vitailor.methods import ClosedForm, Method, TokenMerge
 from vitailor.models import open_model
@@ -154,9 +155,7 @@ def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None
             "evaluation_seconds": round(time.perf_counter() - started, 1),
             **facts,
         }
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(log, row)
         print(f"{name}  {method}  keep {keep}: {found.top1:.2f} (n = {found.images})", flush=True)
 
     environment = conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()}
@@ -169,14 +168,18 @@ def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None
         for label, (method, full) in methods().items():
             if (name, label, keep) in done or (only and label not in only):
                 continue
-            small = compress(
-                model,
-                method,
-                Budget(macs=keep),
-                data=calibration,
-                preprocessing=preprocessing,
-                source=case.weights,
-            )
+            try:
+                small = compress(
+                    model,
+                    method,
+                    Budget(macs=keep),
+                    data=calibration,
+                    preprocessing=preprocessing,
+                    source=case.weights,
+                )
+            except BudgetError as error:
+                append(log, {"case": name, "method": label, "keep": keep, "misses": error.message})
+                continue
             known = small.vitailor.record
             facts = {
                 "macs": known["macs"],
@@ -187,6 +190,12 @@ def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None
                 "conditions": environment,
             }
             record(label, keep, small, validation if full else few, facts)
+
+
+def append(log: Path, row: dict) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read(log: Path) -> list[dict]:
@@ -262,7 +271,9 @@ def table(rows: list[dict], dense: dict, keep: float) -> list[str]:
         "| method | MACs (M) | kept | top-1 | n | against dense | closed-form against it | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(here, key=lambda r: (r is not ours, -r["top1"])):
+    short = [row for row in here if "misses" in row]
+    met = [row for row in here if "misses" not in row]
+    for row in sorted(met, key=lambda r: (r is not ours, -r["top1"])):
         kept = row["macs"]["after"] / row["macs"]["before"]
         versus = "" if row is ours else span(on(row, ours, dense), on(row, row, dense))
         lines.append(
@@ -270,6 +281,7 @@ def table(rows: list[dict], dense: dict, keep: float) -> list[str]:
             f"{row['images']:,} | {span(on(row, row, dense), on(row, dense, dense))} | {versus} | "
             f"{row['seconds']:.0f} |"
         )
+    lines += [f"| {row['method']} | cannot go so low | | | | | | |" for row in short]
     return [*lines, ""]
 
 
