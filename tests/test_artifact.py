@@ -31,7 +31,7 @@ from vitailor.hosts import shape_of
 from vitailor.hosts.timm_vit import TimmViT
 from vitailor.plan import BlockPlan, Plan
 from vitailor.preprocessing import Preprocessing
-from vitailor.provenance import Provenance, Step
+from vitailor.provenance import Provenance, Step, weights_hash
 from vitailor.shape import FORMAT_VERSION, Ranks
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,7 +120,7 @@ def test_round_trip(tmp_path):
     assert loaded.vitailor == model.vitailor
     assert shape_of(loaded) == model.vitailor.shape.model_copy(update={"name": ""})
     assert torch.equal(output(loaded), output(model.eval()))
-    assert artifact.weights_hash(loaded) == artifact.weights_hash(model)
+    assert weights_hash(loaded) == weights_hash(model)
 
 
 def test_plan_json_has_the_promised_keys(saved):
@@ -195,9 +195,9 @@ def test_the_file_may_change_while_the_model_lives(saved):
 
 def test_saving_and_loading_leave_model_and_random_state_alone(tmp_path):
     model = compressed().train()
-    before = (artifact.weights_hash(model), model.vitailor, torch.get_rng_state().tolist())
+    before = (weights_hash(model), model.vitailor, torch.get_rng_state().tolist())
     artifact.load(artifact.save(model, tmp_path / "small"), device="cpu")
-    assert (artifact.weights_hash(model), model.vitailor, torch.get_rng_state().tolist()) == before
+    assert (weights_hash(model), model.vitailor, torch.get_rng_state().tolist()) == before
     assert all(m.training for m in model.modules())
 
 
@@ -230,15 +230,15 @@ def test_golden_artifacts_are_small():
 
 
 def test_weights_hash_is_of_names_and_values(vit):
-    first = artifact.weights_hash(vit)
+    first = weights_hash(vit)
     assert len(first) == 64
-    assert artifact.weights_hash(copy.deepcopy(vit)) == first
+    assert weights_hash(copy.deepcopy(vit)) == first
     vit.blocks[0].mlp.fc2.weight = nn.Parameter(vit.blocks[0].mlp.fc2.weight.t().contiguous().t())
-    assert artifact.weights_hash(vit) == first
-    assert artifact.weights_hash(copy.deepcopy(vit).double()) != first
+    assert weights_hash(vit) == first
+    assert weights_hash(copy.deepcopy(vit).double()) != first
     with torch.no_grad():
         vit.head.bias[3] += 1e-6
-    assert artifact.weights_hash(vit) != first
+    assert weights_hash(vit) != first
 
 
 def test_weights_hash_does_not_depend_on_order_and_tells_names_apart():
@@ -248,13 +248,13 @@ def test_weights_hash_does_not_depend_on_order_and_tells_names_apart():
             holder.register_buffer(name, torch.zeros(size))
         return holder
 
-    assert artifact.weights_hash(module(a=1, b=2)) == artifact.weights_hash(module(b=2, a=1))
-    assert artifact.weights_hash(module(a=1, b=2)) != artifact.weights_hash(module(a=2, b=1))
-    assert artifact.weights_hash(module(a=1)) != artifact.weights_hash(module(b=1))
+    assert weights_hash(module(a=1, b=2)) == weights_hash(module(b=2, a=1))
+    assert weights_hash(module(a=1, b=2)) != weights_hash(module(a=2, b=1))
+    assert weights_hash(module(a=1)) != weights_hash(module(b=1))
 
 
 def test_weights_hash_stays_the_same_over_versions():
-    assert artifact.weights_hash(artifact.load(GOLDEN / "v1")) == GOLDEN_HASH
+    assert weights_hash(artifact.load(GOLDEN / "v1")) == GOLDEN_HASH
 
 
 GOLDEN_HASH = "ea32173fd821ae281edfb00aaa331598d7ccbebf9fc1895d4b125ba1d5caccee"
@@ -479,10 +479,10 @@ def test_the_old_folder_returns_when_the_new_one_cannot_be_put_in_place(saved, m
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_once)
-    before = artifact.weights_hash(artifact.load(saved))
+    before = weights_hash(artifact.load(saved))
     with pytest.raises(ArtifactError, match="busy"):
         artifact.save(build(), saved, overwrite=True)
-    assert artifact.weights_hash(artifact.load(saved)) == before
+    assert weights_hash(artifact.load(saved)) == before
     assert [f.name for f in saved.parent.iterdir()] == ["small"]
 
 

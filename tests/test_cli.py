@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from vitailor import __version__
-from vitailor.artifact import save
+from vitailor.artifact import load, save
 from vitailor.budget import Budget
 from vitailor.cli import main
 from vitailor.cli.compress import make_budget
@@ -25,7 +25,7 @@ from vitailor.cli.settings import make_config, parse_sets, read_config
 from vitailor.errors import UsageError
 from vitailor.hosts import shape_of
 
-VERBS = ("demo", "compress", "evaluate", "bench", "inspect", "report")
+VERBS = ("demo", "compress", "train", "evaluate", "bench", "inspect", "report")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "scipy", "plotly", "jinja2"}
 PREPROCESSING = ("--input-size", "--crop-pct", "--interpolation", "--mean", "--std")
 COMMON = ("--json", "--debug")
@@ -36,7 +36,22 @@ OPTIONS = {
     "compress": (
         *("--method", "--keep", "--macs", "--params", "--latency-ms", "--calibrate", "--images"),
         *("--evaluate", "--set", "--config", "--dry-run", "--output", "--overwrite"),
+        *("--train", "--epochs", "--batch-size", "--lr", "--stage", "--resume"),
         *("--class-map", *MODEL, *PREPROCESSING, *RUN),
+    ),
+    "train": (
+        *(
+            "--data",
+            "--val",
+            "--teacher",
+            "--distill",
+            "--epochs",
+            "--batch-size",
+            "--lr",
+            "--resume",
+        ),
+        *("--precision", "--checkpoint-every", "--workers", "--tracker", "--set", "--config"),
+        *("--output", "--overwrite", "--images", "--class-map", *MODEL, *PREPROCESSING, *RUN),
     ),
     "evaluate": ("--images", "--class-map", *MODEL, *PREPROCESSING, *RUN),
     "bench": ("--batch-size", "--dtype", "--threads", *MODEL, *RUN),
@@ -126,7 +141,7 @@ def test_help_of_a_verb(verb):
 def test_no_verb_that_does_not_work_yet(run):
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("train", "search", "export"):
+    for verb in ("search", "export"):
         assert f" {verb} " not in out
 
 
@@ -712,6 +727,128 @@ def test_calibration_takes_all_images_if_there_are_few(run, start, tmp_path):
     assert (code, err) == (0, "")
     record = json.loads((tmp_path / "out" / "record.json").read_text("utf-8"))
     assert record["calibration"]["images"] == 3
+
+
+# -- training ------------------------------------------------------------------------------------
+
+TRAIN = ("--epochs", "1", "--batch-size", "64", "--lr", "1e-4", "--set")
+
+
+@pytest.mark.parametrize("stages", [(None,), ("sparse", "prune", "finetune")])
+def test_compress_with_training(run, artifact, tmp_path, stages):
+    out = tmp_path / "out"
+    args = ["compress", artifact, "--method", "vtp", "--keep", "0.7", "--train", "digits"]
+    args += [*TRAIN, "training.hflip=0", "--checkpoint-every", "9", "-o", out, "--json"]
+    for stage in stages:
+        code, text, err = run(*args, *(["--stage", stage] if stage else []))
+        assert code == 0, err
+        cut = stage != "sparse"
+        found = json.loads(text)
+        assert (found["macs"]["after"] <= 0.7 * found["macs"]["before"]) == cut
+        assert shape_of(load(out)).macs == found["macs"]["after"]
+    assert "fine-tuning epoch 1/1" in err
+    assert {f.name for f in (out / "checkpoints").iterdir()} == {"sparse", "finetune"}
+    step = load(out).vitailor.steps[0].settings
+    assert (step["training"]["epochs"], step["training"]["hflip"]) == (1, 0.0)
+    # Without --resume the folder is in use; with it nothing is left to be done.
+    assert "not empty" in run(*args)[1]
+    assert run(*args, "--resume")[0] == 0
+
+
+def test_train(run, artifact, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = ["train", artifact, "--data", "digits", "--val", "digits", *TRAIN, "hflip=0", "-o", out]
+    code, text, err = run(*args, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert (found["out"], found["epochs"]) == (str(out), 1)
+    assert found["images_per_s"] > 0
+    assert "training epoch 1/1  loss" in err
+    assert "training epoch 1/1  top-1" in err
+    loaded = load(out)
+    assert found["top1"] == loaded.vitailor.record["training"]["top1"][-1]
+    assert found["top1"] == json.loads(run("evaluate", out, "digits", "--json")[1])["top1"]
+    assert {f.name for f in (out / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    code, again, err = run(*args, "--json", "--resume")
+    assert json.loads(again)["top1"] == found["top1"]
+    assert "epoch" not in err  # everything was done
+    assert "not empty" in run(*args)[2]
+    # Only the first of several processes writes and speaks.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("vitailor.artifact.save", lambda *a, **k: pytest.fail("wrote"))
+    assert run(*args, "--resume")[:2] == (0, "")
+
+
+def test_train_from_a_teacher(run, artifact, tmp_path):
+    args = ["train", artifact, "--data", "digits", *TRAIN, "hflip=0", "--teacher", artifact]
+    code, out, err = run(*args, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "top-1   not measured" in out
+    training = load(tmp_path / "out").vitailor.record["training"]
+    assert training["settings"]["distill"] == "soft"
+    assert training["losses"][0] < 1e-3  # it is its own teacher
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "named"),
+    [
+        (["train", "ARTIFACT", "-o", "OUT"], 2, "--data"),
+        (["train", "ARTIFACT", "--data", "digits"], 2, "--output"),
+        (["train", "ARTIFACT", "--data", "digits", "-o", "OUT", "--epochs", "0"], 2, "epochs"),
+        (["train", "ARTIFACT", "--data", "digits", "-o", "OUT", "--set", "emma=1"], 2, "mean ema"),
+        (
+            ["train", "ARTIFACT", "--data", "digits", "-o", "OUT", "--distill", "soft"],
+            2,
+            "--teacher",
+        ),
+        (["train", "ARTIFACT", "--data", "digits", "-o", "OUT", "--distill", "sof"], 2, "distill"),
+        (["train", "ARTIFACT", "--data", "nowhere", "-o", "OUT"], 1, "nowhere"),
+        (["train", "ARTIFACT", "--data", "PHOTOS", "-o", "OUT"], 2, "no labels"),
+        (["train", "nowhere/", "--data", "digits", "-o", "OUT"], 1, "nowhere"),
+        (["compress", "ARTIFACT", "--method", "vtp", "--keep", "0.7", "-o", "OUT"], 2, "--train"),
+        (
+            [
+                *("compress", "ARTIFACT", "--method", "vtp", "--keep", "0.7", "--train", "digits"),
+                *("--stage", "last", "-o", "OUT"),
+            ],
+            2,
+            "stage",
+        ),
+        (
+            [
+                *("compress", "ARTIFACT", "--method", "vtp", "--keep", "0.7", "--train", "digits"),
+                *("--set", "training.epoch=3", "-o", "OUT"),
+            ],
+            2,
+            "Did you mean epochs",
+        ),
+        (
+            [
+                *(
+                    "compress",
+                    "ARTIFACT",
+                    "--method",
+                    "token-merge",
+                    "--keep",
+                    "0.7",
+                    "--epochs",
+                    "3",
+                ),
+                *("-o", "OUT"),
+            ],
+            2,
+            "--epochs is not for it",
+        ),
+    ],
+)
+def test_training_that_cannot_work(refused, artifact, tmp_path, args, code, named):
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (30, 30), (80, 10, 200)).save(tmp_path / "photos" / "a.png")
+    places = {"ARTIFACT": artifact, "OUT": tmp_path / "out", "PHOTOS": tmp_path / "photos"}
+    assert named in refused(code, *(places.get(arg, arg) for arg in args))
+    assert not (tmp_path / "out").exists()
 
 
 # -- demo ----------------------------------------------------------------------------------------

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
-import torch
-from torch import Tensor, nn
 
-from conftest import build, images, shape
+from conftest import shape
 from vitailor.allocate import allocate_uniform
 from vitailor.budget import Budget
 from vitailor.errors import BudgetError, UsageError
-from vitailor.hosts import shape_of
-from vitailor.methods import METHODS, ClosedForm, TokenMerge
+from vitailor.methods import METHODS, VTP, ClosedForm, TokenMerge
 from vitailor.methods.base import within
-from vitailor.plan import BlockPlan, Plan
-from vitailor.refine import distil
 from vitailor.shape import ViTShape
-from vitailor.simulate import divergence
 from vitailor.sizes import Steps
-from vitailor.surgery import apply
 
 DENSE = shape()
 WIDTHS = ("qk", "v", "neurons")
@@ -29,7 +20,7 @@ WIDTHS = ("qk", "v", "neurons")
 
 
 def test_methods_are_found_by_name():
-    assert {"closed-form": ClosedForm, "token-merge": TokenMerge} == METHODS
+    assert {"closed-form": ClosedForm, "token-merge": TokenMerge, "vtp": VTP} == METHODS
 
 
 @pytest.mark.parametrize(
@@ -132,61 +123,3 @@ def test_a_model_that_cannot_be_cut_at_all():
 
     with pytest.raises(BudgetError, match=r"No plan found runs within latency 0.5\."):
         within(Budget(latency=0.5), DENSE, refuse, clock)
-
-
-# -- distillation --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def teacher() -> nn.Module:
-    return build(num_heads=4)
-
-
-@pytest.fixture
-def student(teacher) -> nn.Module:
-    heads, neurons = (0, 1, 3), tuple(range(0, 64, 2))
-    block = BlockPlan(heads=heads, neurons=neurons, num_tokens_out=7)
-    return apply(teacher, Plan(blocks=(block,) * 2))
-
-
-def batches(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    x = images(model, 16)
-    return [(part, torch.zeros(len(part))) for part in x.split(6)]
-
-
-@torch.no_grad()
-def loss(teacher: nn.Module, student: nn.Module, classes: int = 5) -> float:
-    x = images(teacher, 16)
-    return float(divergence(student(x), teacher(x), classes).mean())
-
-
-def test_distillation_lowers_the_loss(teacher, student):
-    before, shape_before = loss(teacher, student), shape_of(student)
-    weights = copy.deepcopy(teacher.state_dict())
-    random = torch.get_rng_state()
-    facts = distil(teacher, student, batches(teacher), epochs=8, lr=3e-3, seed=0)
-    assert loss(teacher, student) < 0.7 * before
-    assert facts["epochs"] == 8
-    assert facts["last_loss"] < 0.7 * facts["first_loss"]
-    assert shape_of(student) == shape_before
-    assert all(torch.equal(t, weights[n]) for n, t in teacher.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
-    for model in (teacher, student):
-        assert all(p.grad is None for p in model.parameters())
-
-
-def test_distillation_is_told_by_its_seed(teacher, student):
-    students = [copy.deepcopy(student) for _ in range(3)]
-    for one, seed in zip(students, (0, 0, 1), strict=True):
-        distil(teacher, one, batches(teacher), epochs=1, lr=1e-3, seed=seed)
-    first, same, other = (one.head.weight for one in students)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_features_are_distilled_where_there_are_no_classes():
-    teacher = build(num_classes=0, num_heads=4)
-    student = apply(teacher, Plan(blocks=(BlockPlan(heads=(0, 1)), BlockPlan())))
-    before = loss(teacher, student, 0)
-    distil(teacher, student, batches(teacher), epochs=4, lr=3e-3, seed=0)
-    assert loss(teacher, student, 0) < 0.9 * before

@@ -21,9 +21,11 @@ _HOMES = {
     "PlanError": "errors",
     "Preprocessing": "preprocessing",
     "TokenMerge": "methods",
+    "TrainConfig": "training",
     "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "UsageError": "errors",
+    "VTP": "methods",
     "ViTShape": "shape",
     "VitailorError": "errors",
     "WeightsError": "errors",
@@ -38,6 +40,7 @@ _HOMES = {
     "report": "reporting",
     "save": "artifact",
     "shape_of": "hosts",
+    "train": "trainer",
 }
 
 if TYPE_CHECKING:
@@ -59,13 +62,16 @@ if TYPE_CHECKING:
     from .evaluation import Accuracy, evaluate, paired_difference
     from .hosts import shape_of
     from .inspection import inspect
-    from .methods import ClosedForm, TokenMerge
+    from .methods import VTP, ClosedForm, TokenMerge
     from .plan import Plan
     from .preprocessing import Preprocessing
     from .reporting import report
     from .shape import ViTShape
+    from .trainer import train
+    from .training import TrainConfig
 
 __all__ = [
+    "VTP",
     "Accuracy",
     "ArtifactError",
     "BenchResult",
@@ -77,6 +83,7 @@ __all__ = [
     "PlanError",
     "Preprocessing",
     "TokenMerge",
+    "TrainConfig",
     "TrainingError",
     "UnsupportedModelError",
     "UsageError",
@@ -94,6 +101,7 @@ __all__ = [
     "report",
     "save",
     "shape_of",
+    "train",
 ]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -16,7 +19,6 @@ import torch
 from torch import nn
 
 from . import __version__
-from .artifact import weights_hash
 from .benchmarking import bench, conditions
 from .budget import Budget, cost
 from .data import Data, ImageSet, open_images
@@ -24,11 +26,12 @@ from .errors import BudgetError, DataError, UsageError
 from .evaluation import evaluate as measure_accuracy
 from .evaluation import paired_difference
 from .hosts import shape_of
-from .methods import Method, Task
+from .methods import Method, OnEvent, Task
 from .plan import Plan
 from .preprocessing import Preprocessing, resolve_preprocessing
-from .provenance import Provenance, Step, provenance_of
+from .provenance import Provenance, Step, provenance_of, weights_hash
 from .shape import ViTShape
+from .training import Augmentation
 
 
 def compress(
@@ -38,11 +41,15 @@ def compress(
     *,
     data: Data | None = None,
     evaluate: Data | None = None,
+    train: Data | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
     source: str = "",
     preprocessing: Preprocessing | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> nn.Module:
     """Cut a trained Vision Transformer to a budget.
 
@@ -53,11 +60,15 @@ def compress(
         data: calibration images: a path, a dataset, or an iterable of tensors or (images, labels);
             labels are ignored unless the method asks for them.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
+        train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
+        folder: for checkpoints of training, so that it can be resumed; None for none.
+        resume: go on from the checkpoints in `folder`, if there are any.
         device: where to work; the model's own device by default. The result is on the model's device.
         seed: of everything random. The same seed and thread count give the same plan.
         source: how the user names the model, for the record.
         preprocessing: of images that are given as files; the model's own by default.
         progress: called with how much is done and how much there is.
+        on_event: told about training: the stage's name and a `training.Event`.
 
     Returns:
         A plain module of the host's class in eval mode, with its provenance as `.vitailor`.
@@ -67,12 +78,14 @@ def compress(
     """
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = _prepare(model, method, budget, data, train, device, seed, preprocessing, progress)
+    task = replace(task, folder=Path(folder) if folder else None, resume=resume, on_event=on_event)
     test = _open_test(evaluate, preprocessing, task.shape)
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
-        _check_budget(budget, task.shape, shape_of(small))
+        if outcome.whole:
+            _check_budget(budget, task.shape, shape_of(small))
         seconds = perf_counter() - started
         accuracy = _accuracies(task.model, small, test)
     small = small.to(next(model.parameters()).device)
@@ -88,6 +101,7 @@ def compress(
         "peak_memory_mb": peak_memory_mb(),
         "shape_before": task.shape.model_dump(mode="json"),
         "calibration": _describe(task.data),
+        **({"training": _describe(task.train)} if task.train is not None else {}),
         "conditions": conditions(task.device) | {"threads": torch.get_num_threads()},
         "facts": outcome.facts,
         **accuracy,
@@ -109,15 +123,18 @@ def plan_only(
     budget: Budget,
     *,
     data: Data | None = None,
+    train: Data | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     source: str = "",
     preprocessing: Preprocessing | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> ViTShape:
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = _prepare(model, method, budget, data, train, device, seed, preprocessing, progress)
+    task = replace(task, on_event=on_event)
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
 
@@ -136,6 +153,7 @@ def _prepare(
     method: Method,
     budget: Budget,
     data: Data | None,
+    train: Data | None,
     device: str | torch.device | None,
     seed: int,
     preprocessing: Preprocessing,
@@ -156,6 +174,9 @@ def _prepare(
             "have none.",
             "Put them in class folders, or choose settings that need no labels.",
         )
+    training = _open_train(train, method, preprocessing, shape)
+    if training is not None and next(model.parameters()).dtype != torch.float32:
+        raise UsageError("Weights are trained in float32.", "Convert the model with .float().")
     home = next(model.parameters()).device
     target = torch.device(device) if device is not None else home
     # The caller's model is never moved: work on another device happens on a copy.
@@ -170,6 +191,31 @@ def _prepare(
         stopwatch=lambda models: _stopwatch(models, target),
         seed=seed,
         progress=progress or (lambda done, total: None),
+        train=training,
+    )
+
+
+def _open_train(
+    train: Data | None, method: Method, preprocessing: Preprocessing, shape: ViTShape
+) -> ImageSet | None:
+    config = method.trains
+    if config is None:
+        if train is None:
+            return None
+        raise UsageError(
+            f"The method '{method.name}' does not train.",
+            "Train its result afterwards (vitailor.train), or leave the training images out.",
+        )
+    if train is None:
+        raise UsageError(
+            f"The method '{method.name}' needs training images.", "Pass train=, or --train."
+        )
+    return open_images(
+        train,
+        Augmentation.of(preprocessing, config),
+        num_classes=shape.num_classes or None,
+        labels_needed=config.needs_labels,
+        split="train",
     )
 
 

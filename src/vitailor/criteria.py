@@ -75,12 +75,16 @@ def with_match_features(order: Order, moments: BlockMoments) -> Order:
 
 
 def magnitude(tensors: Tensors) -> Importance:
-    """Product of the norms of the weights that write a unit and of those that read it."""
+    """Product of the norms of the weights that write a unit and of those that read it; of input features,
+    which every block writes, the norm of the weights that read them."""
     norm = {name: tensors[name].double() for name in tensors if name.endswith("weight")}
+    readers = torch.cat([norm[f"{name}.weight"].flatten(0, 1) for name in "qkv"])
     return Importance(
         qk_dims=norm["q.weight"].norm(dim=2) * norm["k.weight"].norm(dim=2),
         v_dims=norm["v.weight"].norm(dim=2) * norm["out.weight"].norm(dim=0),
         neurons=norm["fc1.weight"].norm(dim=1) * norm["fc2.weight"].norm(dim=0),
+        attn_features=readers.norm(dim=0),
+        mlp_features=norm["fc1.weight"].norm(dim=0),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -57,3 +59,13 @@ def provenance_of(model: nn.Module) -> Provenance | None:
     """The record a model carries, or None for a model vitailor did not make."""
     known = getattr(model, "vitailor", None)
     return known if isinstance(known, Provenance) else None
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 in hex over the model's tensors: sorted names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

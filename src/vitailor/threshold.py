@@ -148,6 +148,12 @@ def within_budget(dense: ViTShape, layers: Sequence[Layer], metric: str, limit: 
     return build(_given_back(layers, kept, lambda counts: cost(build(counts), metric) <= limit))
 
 
+def kept(shape: ViTShape, layer: Layer) -> int:
+    """How many of a layer's units a model of this shape still has."""
+    size: int | None = getattr(shape.blocks[layer.block], SIZES[layer.kind][-1])
+    return len(layer.ranks) if size is None else size * layer.groups
+
+
 def _given_back(
     layers: Sequence[Layer], kept: list[int], fits: Callable[[list[int]], bool]
 ) -> list[int]:

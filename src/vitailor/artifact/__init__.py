@@ -8,7 +8,7 @@ README.md           a model card
 
 from .hub import from_pretrained, push_to_hub
 from .store import is_artifact, load, save
-from .tensors import describe_mismatch, weights_hash
+from .tensors import describe_mismatch
 
 __all__ = [
     "describe_mismatch",
@@ -17,5 +17,4 @@ __all__ = [
     "load",
     "push_to_hub",
     "save",
-    "weights_hash",
 ]

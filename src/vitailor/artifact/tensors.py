@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,16 +29,6 @@ class Entry:
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 in hex over the model's tensors: sorted names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, compress, demo, evaluate, inspect, options, report
+from . import bench, compress, demo, evaluate, inspect, options, report, train
 
 app = typer.Typer(
     name="vitailor",
@@ -49,6 +49,7 @@ evaluate.register(app)
 bench.register(app)
 inspect.register(app)
 report.register(app)
+train.register(app)
 
 
 def run(args: Sequence[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data import ImageSet
+    from ..methods import Method
     from ..preprocessing import Preprocessing
     from ..shape import ViTShape
 
@@ -24,6 +27,8 @@ EXAMPLE = o.example(
     "--calibrate photos/train --evaluate photos/val -o small/",
     "vitailor compress vit_tiny_patch16_224=w.pth --method token-merge --macs 750M "
     "--calibrate photos/train --dry-run",
+    "vitailor compress vit_tiny_patch16_224 --method vtp --keep 0.6 --train photos/train --epochs 5 "
+    "-o pruned/",
 )
 IMAGES = 512
 _BUDGET = "Budget (exactly one)"
@@ -34,7 +39,10 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            "--method", metavar="NAME", help="closed-form or token-merge.", show_default=False
+            "--method",
+            metavar="NAME",
+            help="closed-form, token-merge or vtp.",
+            show_default=False,
         ),
     ],
     output: Annotated[
@@ -86,16 +94,33 @@ def compress(
             rich_help_panel="Images",
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
+    train: Annotated[
+        str | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A setting of the method; may be repeated."
+            "--train",
+            metavar="DATA",
+            help="Training images, for methods that train (vtp).",
+            rich_help_panel="Images",
         ),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Settings of the method in JSON or TOML."),
+    settings: o.Settings = None,
+    config: o.Config = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.LearningRate = None,
+    precision: o.Precision = None,
+    checkpoint_every: o.CheckpointEvery = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage",
+            metavar="NAME",
+            help="Stop after this stage (vtp: sparse, prune, finetune); earlier ones that the output "
+            "folder holds are not done again.",
+            rich_help_panel="Training",
+        ),
     ] = None,
+    resume: o.Resume = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan and its cost; write nothing."),
@@ -138,19 +163,22 @@ def compress(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, progress
+    from .console import emit
 
     fields, sets = s.read_config(config), s.parse_sets(settings or [])
+    if stage is not None:
+        fields["stage"] = stage
+        resume = resume or stage != "sparse"
     if output is None and not dry_run:
         raise UsageError("There is no folder to write to.", "Name one with -o, or pass --dry-run.")
-    if output is not None and not dry_run:
-        setup.check_folder(output, overwrite)
+    if output is not None and not dry_run and setup.is_first_process():
+        setup.check_folder(output, overwrite or resume)
     if images is not None and images < 1:
         raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
     if class_map is not None and evaluate is None:
         raise UsageError("--class-map goes with --evaluate.", "Leave it out, or pass --evaluate.")
     setup.check_file("--class-map", class_map)
-    for data in (calibrate, evaluate):
+    for data in (calibrate, evaluate, train):
         if data is not None:
             setup.check_data(data)
     where = setup.device_of(device)
@@ -159,7 +187,14 @@ def compress(
 
     if method not in METHODS:
         raise UsageError(f"Unknown method '{method}'.", f"Choose {', '.join(METHODS)}.")
-    made = s.make_config(method, METHODS[method], fields, sets)
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "precision": precision,
+        "checkpoint_every": checkpoint_every,
+    }
+    made = make_method(method, fields, sets, given, train)
     if calibrate is None and made.needs_images:
         raise UsageError(f"{method} needs images.", "Name some with --calibrate.")
 
@@ -187,6 +222,7 @@ def compress(
         )
     common: dict[str, Any] = {
         "data": open_calibration(calibrate, preprocessing, images, seed) if calibrate else None,
+        "train": train,
         "device": where,
         "seed": seed,
         "source": opened.source,
@@ -194,14 +230,18 @@ def compress(
     }
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
     if output is None or dry_run:
-        with progress("planning") as advance:
-            shape = plan_only(opened.model, made, budget, progress=advance, **common)
+        with watching(made, "planning") as told:
+            shape = plan_only(opened.model, made, budget, **told, **common)
         payload |= _before_and_after(dense, shape) | {"plan": inspect(shape)}
         emit(payload, json, lambda out: _draw_plan(out, dense, shape))
         return
-    with progress("compressing") as advance:
-        small = cut(opened.model, made, budget, evaluate=test, progress=advance, **common)
-    save(small, output, overwrite=overwrite)
+    if made.trains is not None:
+        common |= {"folder": output / setup.CHECKPOINTS, "resume": resume}
+    with watching(made, "compressing") as told:
+        small = cut(opened.model, made, budget, evaluate=test, **told, **common)
+    if not setup.is_first_process():
+        return
+    save(small, output, overwrite=overwrite or made.trains is not None)
     known = provenance_of(small)
     record = known.record if known is not None else {}
     payload |= {"out": str(output), **_before_and_after(dense, shape_of(small))}
@@ -209,6 +249,49 @@ def compress(
     if "top1" in record:
         payload["top1"] = record["top1"]
     emit(payload, json, lambda out: _draw(out, payload, record.get("images")))
+
+
+def make_method(
+    name: str,
+    fields: dict[str, Any],
+    sets: dict[str, str],
+    training: dict[str, Any],
+    train: str | None,
+) -> Method:
+    """The method with its settings, those of training from the options of their own.
+
+    Raises:
+        UsageError: when options do not go with the method.
+    """
+    from ..methods import METHODS
+    from . import settings as s
+
+    kind, training = METHODS[name], {k: v for k, v in training.items() if v is not None}
+    if "training" in kind.model_fields:
+        fields = fields | {"training": {**fields.get("training", {}), **training}}
+    elif training or train is not None:
+        option = "--" + next(iter(training), "train").replace("_", "-")
+        raise UsageError(
+            f"{name} does not train, so {option} is not for it.",
+            "Train its result afterwards with vitailor train.",
+        )
+    made = s.make_config(name, kind, fields, sets)
+    if made.trains is not None and train is None:
+        raise UsageError(f"{name} needs training images.", "Name some with --train.")
+    return made
+
+
+@contextmanager
+def watching(method: Method, what: str) -> Iterator[dict[str, Any]]:
+    """How the library is to tell of its progress: steps, or for a method that trains, its epochs."""
+    from .console import progress, training_progress
+
+    if method.trains is None:
+        with progress(what) as advance:
+            yield {"progress": advance}
+    else:
+        with training_progress() as tell:
+            yield {"on_event": tell}
 
 
 def _before_and_after(before: ViTShape, after: ViTShape) -> dict[str, Any]:

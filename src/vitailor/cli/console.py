@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from ..errors import UsageError, VitailorError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..training import Event
 
 #: Called with what is done, the whole, and in words what is being done.
 Progress = Callable[[int, int], None]
@@ -84,6 +87,65 @@ def progress(what: str) -> Iterator[Progress | None]:
             bars.update(task, completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[str, Event], None]]:
+    """Tells how training goes: a bar on stderr when it is a terminal, else a line for each epoch."""
+    if not sys.stderr.isatty():
+        yield _tell_epoch
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"))
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("training", total=None, facts="")
+        last = ""
+
+        def tell(stage: str, event: Event) -> None:
+            nonlocal last
+            if event.top1 is not None or event.observed:
+                last = f"  {_outcome(event)}"
+            bars.update(
+                task,
+                description=f"{stage} {_place(event)}",
+                completed=event.update,
+                total=event.updates,
+                facts=_speed(event) + last,
+            )
+
+        yield tell
+
+
+def _tell_epoch(stage: str, event: Event) -> None:
+    if event.update < event.updates:
+        return
+    outcome = event.top1 is not None or event.observed
+    told = _outcome(event) if outcome else _speed(event)
+    print(f"{stage} {_place(event)}  {told}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _place(event: Event) -> str:
+    return f"epoch {event.epoch}/{event.epochs}" if event.epoch else "asking the teacher"
+
+
+def _speed(event: Event) -> str:
+    if not event.epoch:
+        return f"{event.update}/{event.updates}"
+    left = "" if math.isinf(event.seconds_left) else f"  {_clock(event.seconds_left)} left"
+    return f"loss {event.loss:.4f}  {event.images_per_s:.1f} images/s{left}"
+
+
+def _outcome(event: Event) -> str:
+    top1 = [] if event.top1 is None else [f"top-1 {event.top1:.2f}%"]
+    return "  ".join(top1 + [f"{name} {value:.4g}" for name, value in event.observed.items()])
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 # -- errors --------------------------------------------------------------------------------------

@@ -36,6 +36,58 @@ NumClasses = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting; may be repeated."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings in JSON or TOML."),
+]
+_TRAINING = "Training"
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", metavar="N", help="Passes over the images.", rich_help_panel=_TRAINING
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="X", help="Learning rate.", rich_help_panel=_TRAINING),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Images for an update, over all processes.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", metavar="NAME", help="no, bf16 or fp16.", rich_help_panel=_TRAINING
+    ),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint-every",
+        metavar="N",
+        help="Updates between checkpoints inside an epoch.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the checkpoints in the output folder.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+
 Images = Annotated[
     int | None,
     typer.Option(

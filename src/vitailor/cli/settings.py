@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import tomllib
@@ -63,21 +64,34 @@ def parse_sets(assignments: Sequence[str]) -> dict[str, str]:
 def make_config(
     name: str, kind: type[Config], config: dict[str, Any], sets: dict[str, str]
 ) -> Config:
-    """The method's configuration; `--set` wins over the file.
+    """The method's configuration; `--set` wins over the file. A dot names a field of a field.
 
     Raises:
         UsageError: naming the field that is unknown or out of range.
     """
-    for field in (*config, *sets):
-        if field not in kind.model_fields:
-            close = difflib.get_close_matches(field, kind.model_fields, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
-            known = ", ".join(kind.model_fields) or "none"
-            raise UsageError(f"{name} has no setting '{field}'.", f"{hint}It has: {known}.")
-    values = dict(config)
-    for field, text in sets.items():
-        values[field] = _value(kind, field, text)
+    values = copy.deepcopy(config)
+    for field in values:
+        _require_field(name, kind, field)
+    for path, text in sets.items():
+        outer, dot, inner = path.partition(".")
+        _require_field(name, kind, outer)
+        if not dot:
+            values[outer] = _value(kind, outer, text)
+            continue
+        nested = kind.model_fields[outer].annotation
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            raise UsageError(f"{name}'s '{outer}' has no settings of its own.", f"Set {outer}=...")
+        _require_field(f"{name}'s {outer}", nested, inner)
+        values[outer] = {**values.get(outer, {}), inner: _value(nested, inner, text)}
     return _build(name, kind, values)
+
+
+def _require_field(name: str, kind: type[BaseModel], field: str) -> None:
+    if field not in kind.model_fields:
+        close = difflib.get_close_matches(field, kind.model_fields, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        known = ", ".join(kind.model_fields) or "none"
+        raise UsageError(f"{name} has no setting '{field}'.", f"{hint}It has: {known}.")
 
 
 def _value(kind: type[BaseModel], field: str, text: str) -> Any:

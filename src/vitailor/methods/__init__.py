@@ -1,10 +1,11 @@
 """The compression methods: one short file each, which reads like the paper's algorithm."""
 
-from .base import Method, Outcome, Task
+from .base import Method, OnEvent, Outcome, Task
 from .closed_form import ClosedForm
 from .token_merge import TokenMerge
+from .vtp import VTP
 
 #: Name on the command line -> configuration.
-METHODS: dict[str, type[Method]] = {"closed-form": ClosedForm, "token-merge": TokenMerge}
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (ClosedForm, TokenMerge, VTP)}
 
-__all__ = ["METHODS", "ClosedForm", "Method", "Outcome", "Task", "TokenMerge"]
+__all__ = ["METHODS", "VTP", "ClosedForm", "Method", "OnEvent", "Outcome", "Task", "TokenMerge"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +18,14 @@ from ..data import ImageSet, loader
 from ..errors import BudgetError, DataError, UsageError
 from ..plan import Plan
 from ..shape import Matching, ViTShape, describe_validation_error, revise
+from ..training import Event, TrainConfig
 
 #: Small batches stay in a CPU's cache and are fastest there; a GPU is far from full either way.
 BATCH_SIZE = 16
 #: Called with how much is done and how much there is in all.
 Progress = Callable[[int, int], None]
+#: Called with the name of a stage of training, and where it stands.
+OnEvent = Callable[[str, Event], None]
 #: Measures latency in milliseconds of several models side by side, the dense one first.
 Stopwatch = Callable[[list[nn.Module]], list[float]]
 
@@ -39,6 +43,10 @@ class Task:
         stopwatch: for latency budgets.
         seed: of everything random.
         progress: tells how far the work is.
+        train: training images, for methods that train.
+        folder: for checkpoints; None for none.
+        resume: go on from checkpoints that are there.
+        on_event: told about training: the stage's name, and where it stands.
     """
 
     model: nn.Module
@@ -49,6 +57,10 @@ class Task:
     stopwatch: Stopwatch
     seed: int
     progress: Progress
+    train: ImageSet | None = None
+    folder: Path | None = None
+    resume: bool = False
+    on_event: OnEvent | None = None
 
     def batches(self, limit: int | None = None) -> Batches:
         """Calibration images in batches: all, or at most `limit`, drawn by seed."""
@@ -75,12 +87,19 @@ class _Cast:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method gives back: the smaller model, the plan relative to the dense one, and facts worth
-    recording."""
+    """What a method gives back.
+
+    Attributes:
+        model: the smaller model.
+        plan: relative to the dense one.
+        facts: worth recording.
+        whole: False after an early stage, whose model is not cut yet.
+    """
 
     model: nn.Module
     plan: Plan
     facts: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
 
 
 class Method(BaseModel):
@@ -104,6 +123,11 @@ class Method(BaseModel):
     def needs_labels(self) -> bool:
         """Whether the calibration images must have labels."""
         return False
+
+    @property
+    def trains(self) -> TrainConfig | None:
+        """Settings of training on a training set; None for a method that needs none."""
+        return None
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
         """Refuse what cannot work before any work starts; nothing to refuse by default."""

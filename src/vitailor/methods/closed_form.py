@@ -38,19 +38,19 @@ from ..criteria import (
     variance,
     with_match_features,
 )
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..gradients import taylor
 from ..harm import measure
 from ..hosts import host_of
 from ..orders import plan_for
 from ..plan import Plan
 from ..reconstruct import match_mean_outputs, sequential_sweep
-from ..refine import distil
 from ..shape import Matching, ViTShape
 from ..simulate import Simulator
 from ..sizes import Dimension, Steps
 from ..surgery import apply
-from .base import Method, Outcome, Task, keeps_all, with_matching, within
+from ..training import TrainConfig, fit
+from .base import BATCH_SIZE, Method, Outcome, Task, keeps_all, with_matching, within
 
 #: Tokens are compared by one in so many features: those that vary most, which is as good and cheaper.
 MATCH_SHARE = 3
@@ -141,11 +141,25 @@ class ClosedForm(Method):
         task.progress(4, stages)
         facts = dict(ready.facts)
         if self.refine:
-            facts["refine"] = distil(
-                task.model, small, task.batches(), self.refine, self.refine_lr, task.seed
-            )
+            facts["refine"] = self._refine(task, small)
             task.progress(stages, stages)
         return Outcome(small, ready.plan, facts)
+
+    def _refine(self, task: Task, small: nn.Module) -> dict[str, Any]:
+        """Step 5: the small model learns the dense one's outputs on the calibration images."""
+        config = TrainConfig(
+            epochs=self.refine,
+            batch_size=BATCH_SIZE,
+            lr=self.refine_lr,
+            weight_decay=0.0,
+            distill="soft" if task.shape.num_classes else "feature",
+            seed=task.seed,
+        )
+        if task.data is None:
+            raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
+        on_cpu = task.device.type == "cpu"
+        losses = fit(small, config, task.data, teacher=task.model, cpu=on_cpu).losses
+        return {"epochs": self.refine, "first_loss": losses[0], "last_loss": losses[-1]}
 
     def _prepare(self, task: Task) -> _Prepared:
         """Steps 1 to 3: everything up to the plan."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import TrainConfig
+from .images import Augmentation
 from .loop import Event, TrainResult, fit
 
-__all__ = ["Event", "TrainConfig", "TrainResult", "fit"]
+__all__ = ["Augmentation", "Event", "TrainConfig", "TrainResult", "fit"]

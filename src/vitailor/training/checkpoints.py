@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,13 @@ def save(folder: Path, name: str, state: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(folder: Path, name: str, config: TrainConfig, processes: int) -> dict[str, Any] | None:
+def load(
+    folder: Path, name: str, identity: Mapping[str, Any], processes: int
+) -> dict[str, Any] | None:
     """The checkpoint of that name, or None where there is none.
+
+    Args:
+        identity: what must be the same to go on, as it was saved.
 
     Raises:
         DataError: when it cannot be read.
@@ -40,17 +46,13 @@ def load(folder: Path, name: str, config: TrainConfig, processes: int) -> dict[s
     path = folder / name
     if not path.exists():
         return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read: {reason}", "Remove it to start anew.") from error
-    now = settings(config)
-    changed = [key for key, value in now.items() if state["config"].get(key) != value]
+    state = _read(path)
+    before = state["identity"]
+    changed = [key for key, value in identity.items() if before.get(key) != value]
     if changed:
         raise UsageError(
-            f"{path} was made with another {changed[0]}: {state['config'].get(changed[0])}, "
-            f"not {now[changed[0]]}.",
+            f"{path} was made with another {changed[0]}: {before.get(changed[0])}, "
+            f"not {identity[changed[0]]}.",
             "Resume with the same settings, or train into another folder.",
         )
     if state["processes"] != processes:
@@ -58,6 +60,15 @@ def load(folder: Path, name: str, config: TrainConfig, processes: int) -> dict[s
             f"{path} was made by {state['processes']} processes, not {processes}.",
             "Resume with as many processes.",
         )
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read: {reason}", "Remove it to start anew.") from error
     return state
 
 

@@ -29,7 +29,8 @@ class TrainConfig(BaseModel):
         precision: of the forward pass; weights stay in float32.
         label_smoothing, mixup, cutmix: of the task loss.
         scale: range of the area that a random crop takes; None crops as in evaluation.
-        hflip, rand_augment, random_erasing: augmentation; probabilities, and timm's RandAugment string.
+        hflip: probability that an image, of any source, is flipped left to right.
+        rand_augment, random_erasing: timm's RandAugment string, and a probability; of image files.
         ema: decay of an exponential moving average of the weights, which is then what is validated and
             returned; None for none.
         distill: what is learned from a teacher: "soft" its class distribution at a temperature, "hard"
@@ -42,7 +43,7 @@ class TrainConfig(BaseModel):
         seed: of everything random.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 64

@@ -27,20 +27,23 @@ Key = tuple[int, int]
 
 
 class Augmentation(Preprocessing):
-    """A preprocessing whose transform also augments, as a `TrainConfig` says."""
+    """A preprocessing whose transform also augments files, as a `TrainConfig` says; flips are made later,
+    on tensors of any source."""
 
     scale: tuple[float, float] | None
-    hflip: float
     rand_augment: str | None
     random_erasing: float
 
     @classmethod
     def of(cls, preprocessing: Preprocessing, config: TrainConfig) -> Augmentation:
-        names = ("scale", "hflip", "rand_augment", "random_erasing")
-        return cls(**dict(preprocessing), **{name: getattr(config, name) for name in names})
+        known = {name: getattr(preprocessing, name) for name in Preprocessing.model_fields}
+        own = {name: getattr(config, name) for name in ("scale", "rand_augment", "random_erasing")}
+        return cls(**known, **own)
 
     def transform(self) -> Callable[[Image], Tensor]:
         """PIL image to float32 tensor of shape `input_size`, at random."""
+        if not (self.scale or self.rand_augment or self.random_erasing):
+            return super().transform()
         from timm.data.transforms_factory import create_transform
 
         return cast(
@@ -48,11 +51,11 @@ class Augmentation(Preprocessing):
             create_transform(
                 input_size=self.input_size,
                 is_training=True,
-                # Without a scale: resize the shorter side, then crop, as evaluation does at crop_pct 1.
+                # Without a scale: resize the shorter side, then crop the middle.
                 train_crop_mode="rrc" if self.scale else "rkrc",
                 scale=self.scale or (1.0, 1.0),
                 ratio=(3 / 4, 4 / 3) if self.scale else (1.0, 1.0),
-                hflip=self.hflip,
+                hflip=0.0,
                 color_jitter=0.0,
                 auto_augment=self.rand_augment,
                 interpolation=self.interpolation,
@@ -73,15 +76,20 @@ def reseed(*key: int) -> None:
 
 
 class Seeded(Dataset[tuple[Tensor, int, int]]):
-    """Items (image, label, index) of an image set, each drawn by its key alone."""
+    """Items (image, label, view) of an image set, each drawn by its key alone.
 
-    def __init__(self, images: ImageSet, seed: int) -> None:
-        self.images, self.seed = images, seed
+    A view is 2 * index, plus 1 where the image is flipped left to right, which happens at the rate
+    `hflip`.
+    """
+
+    def __init__(self, images: ImageSet, seed: int, hflip: float = 0.0) -> None:
+        self.images, self.seed, self.hflip = images, seed, hflip
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
         reseed(self.seed, *key)
+        flipped = random.random() < self.hflip  # first, so that transforms do not change it
         image, label = self.images[key[1]]
-        return image, label, key[1]
+        return image.flip(-1) if flipped else image, label, 2 * key[1] + flipped
 
 
 class GlobalBatches(Sampler[list[Key]]):
@@ -129,7 +137,7 @@ class GlobalBatches(Sampler[list[Key]]):
 def batches(
     images: ImageSet, config: TrainConfig, rank: int, processes: int, epoch: int, first: int
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-    """Batches (images (B, 3, H, W), labels (B,), indices (B,)) of one process for the rest of an epoch."""
+    """Batches (images (B, 3, H, W), labels (B,), views (B,)) of one process for the rest of an epoch."""
     sampler = GlobalBatches(
         len(images),
         config.batch_size,
@@ -141,7 +149,7 @@ def batches(
         first,
     )
     return DataLoader(
-        cast("Dataset[Any]", Seeded(images, config.seed)),
+        cast("Dataset[Any]", Seeded(images, config.seed, config.hflip)),
         batch_sampler=sampler,
         num_workers=config.workers,
         generator=torch.Generator(),

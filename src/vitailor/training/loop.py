@@ -8,12 +8,13 @@ for bit.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,15 +31,20 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import TrainingError, UsageError
 from ..evaluation import evaluate
+from ..provenance import weights_hash
 from . import checkpoints
+from . import teacher as teacher_outputs
 from .config import TrainConfig
 from .images import batches, reseed
 from .losses import Outputs, total_loss
+from .teacher import lookup, remember, worth_remembering
 
 #: Adds to the loss from the model alone, e.g. an L1 norm of gates.
 Penalty = Callable[[nn.Module], Tensor]
 #: Changes a model's parameters in place after each update, given the learning rate of gates.
 AfterUpdate = Callable[[nn.Module, float], None]
+#: Looks at a model after each epoch and says what is worth telling, by name.
+Observe = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,15 @@ class Event:
     """Where training stands, after an update or, with `top1`, after an epoch's validation.
 
     Attributes:
-        epoch, epochs: the present one, counted from 1, and how many.
+        epoch, epochs: the present one, counted from 1, and how many; 0 while the teacher's outputs are
+            collected beforehand.
         update, updates: of this epoch.
         loss: mean over the epoch so far.
         lr: of the weights.
         images_per_s: over all processes, since the start of this run.
         seconds_left: at that speed.
         top1: on the validation images, in percent.
+        observed: after an epoch, what the caller wanted looked at.
     """
 
     epoch: int
@@ -64,6 +72,7 @@ class Event:
     images_per_s: float
     seconds_left: float
     top1: float | None = None
+    observed: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,9 @@ def fit(
     resume: bool = False,
     penalty: Penalty | None = None,
     after_update: AfterUpdate | None = None,
+    observe: Observe | None = None,
     on_event: Callable[[Event], None] | None = None,
+    identity: Mapping[str, str] | None = None,
     cpu: bool = False,
 ) -> TrainResult:
     """Train a model in place.
@@ -111,7 +122,10 @@ def fit(
         resume: go on from "last.pt", if there is one.
         penalty: added to the loss.
         after_update: called after each update, e.g. for a proximal step.
+        observe: looks at the model after each epoch; what it returns is told.
         on_event: told about progress, in the first process only.
+        identity: what else must be as it was for a training to be resumed, e.g. a hash of the weights
+            that it began with.
         cpu: stay on the CPU even where there is an accelerator.
 
     Raises:
@@ -135,12 +149,16 @@ def fit(
             f"accumulate {config.accumulate}.",
             "Make it a multiple of both.",
         )
+    same = checkpoints.settings(config) | {"images": images.list_hash} | dict(identity or {})
+    if teacher is not None and config.distill is not None:
+        same["teacher"] = weights_hash(teacher)
     state = (
-        checkpoints.load(folder, checkpoints.LAST, config, processes) if folder and resume else None
+        checkpoints.load(folder, checkpoints.LAST, same, processes) if folder and resume else None
     )
     with _generators_as_before():
         run = _Run(model, config, images, teacher, accelerator, penalty, after_update)
-        run.val, run.folder, run.on_event = val, folder, on_event
+        run.val, run.folder, run.identity = val, folder, same
+        run.observe, run.on_event = observe, on_event
         result = run.train(state)
     model.to(home).eval()
     return result
@@ -151,6 +169,8 @@ class _Run:
 
     val: ImageSet | None = None
     folder: Path | None = None
+    identity: Mapping[str, Any]
+    observe: Observe | None = None
     on_event: Callable[[Event], None] | None = None
 
     def __init__(
@@ -181,7 +201,8 @@ class _Run:
             updates_per_epoch=self.updates,
         )[0]
         self.wrapped, self.optimizer = accelerator.prepare(Outputs(model, features), optimizer)
-        self.teacher: nn.Module | None = None
+        self.teacher: Outputs | None = None
+        self.remembered: Tensor | None = None
         if config.distill is not None and teacher is not None:
             # A view of the caller's teacher: neither its mode nor its device may change.
             self.teacher = Outputs(_frozen(teacher, accelerator.device), features)
@@ -202,8 +223,10 @@ class _Run:
 
     def train(self, state: dict[str, Any] | None) -> TrainResult:
         if self.config.tracker:
-            self.accelerator.init_trackers("vitailor", config=checkpoints.settings(self.config))
+            self.accelerator.init_trackers("vitailor", config=dict(self.identity))
         begin, update, total = self._restore(state)
+        if begin < self.config.epochs:
+            self._consult()
         for epoch in range(begin, self.config.epochs):
             self._epoch(epoch, update, total)
             update, total = 0, 0.0
@@ -229,10 +252,13 @@ class _Run:
                 self._save(checkpoints.LAST, epoch, update + 1, total)
             self._tell(epoch, update + 1, total / (update + 1))
         self.losses.append(total / self.updates)
+        judged = self.ema.module if self.ema is not None else self.model
         if self.val is not None:
-            judged = self.ema.module if self.ema is not None else self.model
             self.top1.append(evaluate(judged, self.val).top1)
-            self._tell(epoch, self.updates, self.losses[-1], self.top1[-1])
+        observed = self.observe(judged) if self.observe is not None else {}
+        top1 = self.top1[-1] if self.val is not None else None
+        if top1 is not None or observed:
+            self._tell(epoch, self.updates, self.losses[-1], top1, observed)
         scores = self.top1 or [-loss for loss in self.losses]
         self._save(checkpoints.LAST, epoch + 1, 0, 0.0)
         if scores[-1] == max(scores):
@@ -246,11 +272,11 @@ class _Run:
         parts: list[Tensor] = []
         for part in range(config.accumulate):
             last = part == config.accumulate - 1
-            x, labels, _ = next(found)
+            x, labels, views = next(found)
             # Images seed the generators they draw from; everything after them draws from these.
             reseed(config.seed, epoch, update, part, accelerator.process_index)
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
-                loss = self._loss(x.to(accelerator.device), labels.to(accelerator.device))
+                loss = self._loss(x.to(accelerator.device), labels.to(accelerator.device), views)
                 parts.append(loss.detach())
                 accelerator.backward(loss / config.accumulate)
         mean: Tensor = accelerator.reduce(torch.stack(parts).mean(), reduction="mean")
@@ -272,22 +298,55 @@ class _Run:
             accelerator.log({"loss": value, "lr": self._lr()}, step=step)
         return value
 
-    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, labels: Tensor, views: Tensor) -> Tensor:
         if self.mixup is not None:
             x, labels = self.mixup(x, labels)
         truth = None
-        if self.teacher is not None:
+        if self.remembered is not None:
+            truth = lookup(self.remembered, views)
+        elif self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 truth = self.teacher(x)
         loss = total_loss(self.wrapped(x), truth, labels, self.config)
         return loss if self.penalty is None else loss + self.penalty(self.model)
+
+    def _consult(self) -> None:
+        """Have the teacher look at all images beforehand, where that saves work."""
+        if self.teacher is None:
+            return
+        with torch.no_grad():
+            found = self.teacher(self.images[0][0].unsqueeze(0).to(self.accelerator.device))
+        size = found[0 if self.config.distill == "feature" else 1].shape[1]
+        if not worth_remembering(self.config, self.images, size):
+            return
+        key = json.dumps(dict(self.identity), sort_keys=True)
+        table = teacher_outputs.load(self.folder, key) if self.folder is not None else None
+        if table is None:
+            table = remember(
+                self.teacher, self.images, self.config, self.accelerator, self._tell_consulting
+            )
+            if self.folder is not None and self.accelerator.is_main_process:
+                teacher_outputs.save(self.folder, key, table)
+        self.remembered = table.to(self.accelerator.device)
 
     # -- progress --------------------------------------------------------------------------------
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _tell(self, epoch: int, update: int, loss: float, top1: float | None = None) -> None:
+    def _tell_consulting(self, done: int, total: int) -> None:
+        if self.on_event is not None and self.accelerator.is_main_process:
+            now = Event(0, self.config.epochs, done, total, math.nan, self._lr(), 0.0, math.inf)
+            self.on_event(now)
+
+    def _tell(
+        self,
+        epoch: int,
+        update: int,
+        loss: float,
+        top1: float | None = None,
+        observed: dict[str, float] | None = None,
+    ) -> None:
         if self.on_event is None or not self.accelerator.is_main_process:
             return
         speed = self.seen / self.seconds if self.seconds else 0.0
@@ -295,7 +354,18 @@ class _Run:
         seconds = left * self.config.batch_size / speed if speed else math.inf
         epochs = self.config.epochs
         self.on_event(
-            Event(epoch + 1, epochs, update, self.updates, loss, self._lr(), speed, seconds, top1)
+            Event(
+                epoch + 1,
+                epochs,
+                update,
+                self.updates,
+                loss,
+                self._lr(),
+                speed,
+                seconds,
+                top1,
+                observed or {},
+            )
         )
 
     # -- checkpoints -----------------------------------------------------------------------------
@@ -305,7 +375,7 @@ class _Run:
             return
         scaler = self.accelerator.scaler
         state = {
-            "config": checkpoints.settings(self.config),
+            "identity": dict(self.identity),
             "processes": self.accelerator.num_processes,
             "epoch": epoch,
             "update": update,
@@ -350,6 +420,12 @@ def _check(
     if config.distill is not None and teacher is None:
         raise UsageError(
             f"distill '{config.distill}' needs a teacher.", "Pass teacher=, or --teacher."
+        )
+    ours, theirs = (getattr(m, "num_classes", None) for m in (model, teacher))
+    if teacher is not None and config.distill in ("soft", "hard") and ours != theirs:
+        raise UsageError(
+            f"The teacher has {theirs} classes and the model {ours}.",
+            "Take a teacher of the same classes, or learn its features (distill=feature).",
         )
     if config.mixes and config.batch_size // config.accumulate % 2:
         raise UsageError("Mixup and CutMix need an even number of images.", "Change batch_size.")

@@ -1,0 +1,103 @@
+"""What a teacher says about each image: computed with every batch, or once and remembered.
+
+Where augmentation is no more than flips, every epoch shows the same views of an image, and the teacher
+need not run again. All outputs are computed before training, in a fixed order, so that they do not depend
+on where a training was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data import ImageSet
+from .config import TrainConfig
+from .images import Seeded
+from .losses import Outputs
+
+FILE = "teacher.safetensors"
+MAX_BYTES = 2**30
+#: Images that are read twice to see whether they come out the same.
+PROBES = 32
+BATCH = 64
+
+
+def views_of(config: TrainConfig) -> tuple[int, ...]:
+    """Which views of an image can come up: as it is (0), flipped (1)."""
+    return {0.0: (0,), 1.0: (1,)}.get(config.hflip, (0, 1))
+
+
+def worth_remembering(config: TrainConfig, images: ImageSet, width: int) -> bool:
+    """Whether remembered outputs of `width` numbers are right, fit in memory, and save work."""
+    if config.mixes or len(views_of(config)) >= config.epochs:
+        return False
+    if 2 * len(images) * width * 4 > MAX_BYTES:
+        return False
+    once, again = Seeded(images, 1), Seeded(images, 2)
+    return all(torch.equal(once[0, i][0], again[1, i][0]) for i in range(min(PROBES, len(images))))
+
+
+@torch.no_grad()
+def remember(
+    teacher: Outputs,
+    images: ImageSet,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    tell: Callable[[int, int], None],
+) -> Tensor:
+    """The teacher's features or logits, whichever are learned, for view v at row v: (2 * images, width).
+
+    Processes share the work; `tell` is called with how many of its images one has done and their number.
+    """
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    table: Tensor | None = None
+    for first in range(0, len(mine), BATCH):
+        rows = list(mine[first : first + BATCH])
+        x = torch.stack([images[i][0] for i in rows]).to(accelerator.device)
+        for view in views_of(config):
+            with accelerator.autocast():
+                features, logits = teacher(x.flip(-1) if view else x)
+            found = (features if config.distill == "feature" else logits).float()
+            if table is None:
+                table = found.new_zeros(2 * len(images), found.shape[1])
+            table[torch.tensor(rows, device=table.device) * 2 + view] = found
+        tell(first + len(rows), len(mine))
+    assert table is not None
+    total: Tensor = accelerator.reduce(table, reduction="sum")
+    return total
+
+
+def load(folder: Path, identity: str) -> Tensor | None:
+    """Outputs remembered in an earlier run of the same training, if they are there."""
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            if (file.metadata() or {}).get("identity") != identity:
+                return None
+            table: Tensor = file.get_tensor("outputs")
+            return table
+    except (OSError, SafetensorError):
+        return None
+
+
+def save(folder: Path, identity: str, table: Tensor) -> None:
+    """Put outputs beside the checkpoints; a killed process leaves no half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{FILE}.{os.getpid()}"
+    try:
+        save_file({"outputs": table.cpu()}, partial, {"identity": identity})
+        partial.replace(folder / FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def lookup(table: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    """What the teacher says about these views, in place of both its features and its logits."""
+    found = table[views.to(table.device)]
+    return found, found
