@@ -1,10 +1,10 @@
-"""Training-free compression against every baseline, on two real models; makes docs/results.md.
+"""Training-free compression against every baseline, on two real models.
 
     python benchmarks/training_free.py --data ../shared/data --log benchmarks/results/training_free.jsonl
 
 Each row, one method at one budget, is appended to the log when it is done, with the outcome for every
-image, and is not measured again: a run that is cut off goes on where it stopped. `--write` makes the
-tables from the log alone.
+image, and is not measured again: a run that is cut off goes on where it stopped. `write_results.py` makes
+the tables from the log.
 
 Calibration, allocation and tuning see unlabeled training images only. The strongest methods are
 evaluated on all validation images; the baselines that lose tens of points, on a fixed draw of 1,000 of
@@ -107,17 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--log", type=Path, default=Path("benchmarks/results/training_free.jsonl"))
-    parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--write", action="store_true", help="only make the tables from the log")
     parser.add_argument("--only", nargs="*", help="only the methods of these names")
     parser.add_argument("--case", choices=list(CASES))
     arguments = parser.parse_args()
-    if not arguments.write:
-        for name, case in CASES.items():
-            if arguments.case in (None, name):
-                measure(name, case, arguments.data, arguments.log, arguments.only)
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.write_text(page(read(arguments.log)), encoding="utf-8")
+    for name, case in CASES.items():
+        if arguments.case in (None, name):
+            measure(name, case, arguments.data, arguments.log, arguments.only)
 
 
 def measure(name: str, case: Case, data: Path, log: Path, only: list[str] | None) -> None:
@@ -229,11 +224,10 @@ def on(images_of: dict, row: dict, dense: dict) -> Outcomes:
 
 def page(rows: list[dict]) -> str:
     lines = [
-        "# Results",
+        "## Training-free compression",
         "",
-        "Training-free compression: nothing is trained, no label is used. Made by",
-        "`python benchmarks/training_free.py`; the log with every image's outcome is in",
-        "`benchmarks/results/training_free.jsonl`.",
+        "Nothing is trained, no label is used. Made by `python benchmarks/training_free.py`; the log with",
+        "every image's outcome is in `benchmarks/results/training_free.jsonl`.",
         "",
         "Differences are in points of top-1, paired on the same images, with 95% intervals (Bonett and",
         "Price's adjusted interval for paired proportions). MACs are of the whole model. Calibration, "
@@ -249,7 +243,7 @@ def page(rows: list[dict]) -> str:
             continue
         low, high = dense["top1_interval"]
         lines += [
-            f"## {case.title}",
+            f"### {case.title}",
             "",
             f"Dense: {dense['top1']:.2f} (95% {low:.2f} to {high:.2f}, n = {dense['images']:,}).",
             "",
@@ -266,7 +260,7 @@ def table(rows: list[dict], dense: dict, keep: float) -> list[str]:
     if ours is None:
         return []
     lines = [
-        f"### Keep {keep:g} of the MACs",
+        f"#### Keep {keep:g} of the MACs",
         "",
         "| method | MACs (M) | kept | top-1 | n | against dense | closed-form against it | seconds |",
         "|---|---|---|---|---|---|---|---|",

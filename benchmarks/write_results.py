@@ -1,0 +1,28 @@
+"""Makes docs/results.md from the logs of all benchmarks.
+
+python benchmarks/write_results.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fine_tuning
+import training_free
+import vtp_cifar10
+
+LOGS = Path("benchmarks/results")
+
+
+def main() -> None:
+    sections = (
+        training_free.page(training_free.read(LOGS / "training_free.jsonl")),
+        fine_tuning.page(fine_tuning.read(LOGS / "fine_tuning.jsonl")),
+        vtp_cifar10.page(vtp_cifar10.read(LOGS / "vtp_cifar10.jsonl")),
+    )
+    text = "\n".join(["# Results\n", *(section for section in sections if section)])
+    Path("docs/results.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
