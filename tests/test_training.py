@@ -305,7 +305,7 @@ def on_event(event):
         import time
         time.sleep(0.3)
 config = TrainConfig(**QUICK, checkpoint_every=1)
-result = fit(model, config, dataset(), folder=folder, resume=True, on_event=on_event, cpu=True)
+result = fit(model, config, dataset(), folder=folder, resume=True, on_event=on_event)
 torch.save(weights(model), folder / "weights.pt")
 (folder / "losses.json").write_text(json.dumps(result.losses))
 """
@@ -317,7 +317,9 @@ def start(folder: Path, *extra: str, launcher: tuple[str, ...] = (), drop: float
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), drop=drop))
     source = str(Path(__file__).parents[1] / "src")
     paths = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # Two processes of the test cannot share one GPU.
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | hidden | {"PYTHONPATH": paths}
     command = [sys.executable, *launcher, str(script), str(folder), *extra]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

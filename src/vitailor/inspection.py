@@ -12,7 +12,11 @@ from .shape import Ranks, ViTShape
 if TYPE_CHECKING:
     from rich.table import Table
 
-FIELDS = ("num_heads", "qk_dim", "v_dim", "mlp_dim", "ranks", "num_tokens_in", "num_tokens_out")
+CAPTION = "QK and V dims are per head; MACs are for one image; reads: features that attention and MLP read"
+FIELDS = (
+    *("num_heads", "qk_dim", "v_dim", "mlp_dim", "attn_features", "mlp_features"),
+    *("ranks", "num_tokens_in", "num_tokens_out"),
+)
 
 
 def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
@@ -20,8 +24,9 @@ def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
 
     Returns:
         `macs` (multiply-adds for one image), `params`, `embed_dim`, `num_prefix_tokens`, and for each of
-        `blocks` its `num_heads`, `qk_dim` and `v_dim` per head, `mlp_dim`, `ranks` by projection (None
-        is dense), `num_tokens_in`, `num_tokens_out`.
+        `blocks` its `num_heads`, `qk_dim` and `v_dim` per head, `mlp_dim`, how many features
+        attention and MLP read (`attn_features`, `mlp_features`; None is all), `ranks` by projection
+        (None is dense), `num_tokens_in`, `num_tokens_out`.
 
     Raises:
         UnsupportedModelError: naming the module that cannot be accounted for.
@@ -46,8 +51,18 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
 
     shape = _shape(model_or_shape)
     title = f"{shape.name or 'model'}: width {shape.embed_dim}, {shape.num_classes:,} outputs"
-    view = Table(title=title, caption="QK and V dims are per head; MACs are for one image")
-    for name in ("block", "heads", "QK dim", "V dim", "MLP dim", "tokens"):
+    view = Table(title=title, caption=CAPTION)
+    reads = any(b.attn_features is not None or b.mlp_features is not None for b in shape.blocks)
+    names = (
+        "block",
+        "heads",
+        "QK dim",
+        "V dim",
+        "MLP dim",
+        *(["reads"] if reads else []),
+        "tokens",
+    )
+    for name in names:
         view.add_column(name, justify="right")
     view.add_column("ranks")
     for name in ("params", "MACs"):
@@ -55,11 +70,13 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
     for i, b in enumerate(shape.blocks):
         merges = b.num_tokens_out < b.num_tokens_in
         tokens = f"{b.num_tokens_in} > {b.num_tokens_out}" if merges else f"{b.num_tokens_in}"
-        sizes = (i, b.num_heads, b.qk_dim, b.v_dim, b.mlp_dim, tokens, _ranks(b.ranks))
+        read = [f"{b.attn_features or shape.embed_dim}, {b.mlp_features or shape.embed_dim}"]
+        widths = (b.num_heads, b.qk_dim, b.v_dim, b.mlp_dim, *(read if reads else []))
+        sizes = (i, *widths, tokens, _ranks(b.ranks))
         costs = (f"{shape.block_param_count(i):,}", f"{shape.block_macs(i):,}")
         view.add_row(*map(str, sizes), *costs)
     view.add_section()
-    empty = [""] * 6
+    empty = [""] * len(names)
     view.add_row("rest", *empty, f"{shape.outer_params:,}", f"{shape.outer_macs:,}")
     view.add_row("total", *empty, f"{shape.params:,}", f"{shape.macs:,}", style="bold")
     return view

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from .errors import ArtifactError, PlanError
 from .provenance import Provenance
 from .shape import BlockShape, Facts, ViTShape
+from .training import TrainConfig
 
 #: Colours that also people with colour vision deficiencies tell apart (after Okabe and Ito).
 COLOURS = ("#2f7fd1", "#e0641b", "#1a9e77", "#b65fb0", "#c99700", "#4aa8c9", "#8a7a66", "#d1495b")
@@ -24,6 +25,8 @@ DIMENSIONS = (
     ("mlp_dim", "MLP dim"),
     ("num_tokens_out", "tokens out"),
 )
+#: Features that projections read, shown where any reads fewer than there are.
+READS = {"attn_features": "attention reads", "mlp_features": "MLP reads"}
 
 
 class Accuracies(Facts):
@@ -173,7 +176,7 @@ def run_of(known: Provenance, name: str) -> Run:
     record = known.record
     return Run(
         name=name,
-        method=" + ".join(method_label(s.method, s.settings) for s in known.steps) or "dense",
+        method=" + ".join(_labels(known)) or "dense",
         budget=" + ".join(step.budget for step in known.steps) or "none",
         macs=known.shape.macs,
         params=known.shape.params,
@@ -189,18 +192,38 @@ def run_of(known: Provenance, name: str) -> Run:
     )
 
 
+def _labels(known: Provenance) -> list[str]:
+    """What was done to a model: its compressions, and a training after them."""
+    found = [method_label(step.method, step.settings) for step in known.steps]
+    trained = known.record.get("training")
+    settings = trained.get("settings") if isinstance(trained, dict) else None
+    if isinstance(settings, dict):
+        told = _changed(TrainConfig, settings)
+        found.append(f"training ({', '.join(told)})" if told else "training")
+    return found
+
+
 def method_label(method: str, settings: dict[str, Any]) -> str:
     """The method, with the settings that are not its defaults."""
     from .methods import METHODS
 
     config = METHODS.get(method)
-    fields = config.model_fields if config is not None else {}
-    changed = [
-        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in settings.items()
-        if name in fields and value != fields[name].default
-    ]
+    changed = _changed(config, settings) if config is not None else []
     return f"{method} ({', '.join(changed)})" if changed else method
+
+
+def _changed(config: type[BaseModel], settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field=value` for what is not the default, with a dot before fields of fields."""
+    found = []
+    for name, value in settings.items():
+        field = config.model_fields.get(name)
+        default = field.default if field is not None else value
+        if isinstance(default, BaseModel) and isinstance(value, dict):
+            found += _changed(type(default), value, f"{prefix}{name}.")
+        elif value != default:
+            text = value if isinstance(value, str) else json.dumps(value)
+            found.append(f"{prefix}{name}={text}")
+    return found
 
 
 # -- numbers and words ---------------------------------------------------------------------------
@@ -293,9 +316,10 @@ def _panels(shape: ViTShape, dense: ViTShape | None) -> list[dict[str, Any]]:
         dense.blocks if dense is not None else [None] * shape.depth
     )
     panels = []
-    for field, label in DIMENSIONS:
+    reads = [field for field in READS if any(getattr(b, field) is not None for b in shape.blocks)]
+    for field, label in (*DIMENSIONS, *((field, READS[field]) for field in reads)):
         pairs = [
-            (getattr(new, field), getattr(old, field) if old is not None else None)
+            (_size(shape, new, field), _size(shape, old, field) if old is not None else None)
             for new, old in zip(shape.blocks, before, strict=True)
         ]
         panels.append(_panel(label, pairs))
@@ -304,6 +328,12 @@ def _panels(shape: ViTShape, dense: ViTShape | None) -> list[dict[str, Any]]:
         if any(rank is not None for rank in ranks):
             panels.append(_panel(f"rank of {field}", [(rank or 0, None) for rank in ranks]))
     return panels
+
+
+def _size(shape: ViTShape, block: BlockShape, field: str) -> int:
+    """A size of a block; what reads all features reads as many as the model is wide."""
+    size: int | None = getattr(block, field)
+    return shape.embed_dim if size is None else size
 
 
 def _panel(label: str, pairs: list[tuple[int, int | None]]) -> dict[str, Any]:

@@ -105,6 +105,9 @@ def train(
     known = provenance_of(model) or Provenance(shape=shape)
     # Accuracies that were measured before are not those of the trained model.
     record = {key: value for key, value in known.record.items() if key not in ACCURACIES}
+    if test is not None and result.top1:
+        record |= {"top1": {"after": result.top1[-1]}, "images": len(test)}
+        record |= {"evaluated_on": test.source, "evaluated_list_hash": test.list_hash}
     facts = _facts(config, result, found.source, len(found), found.list_hash)
     cast(Any, student).vitailor = revise(
         known,

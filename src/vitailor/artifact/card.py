@@ -48,9 +48,17 @@ def model_card(known: Provenance) -> str:
         accuracy=_accuracy(record.get("top1")),
         measured_on=_measured_on(record),
         steps=known.steps,
+        training=_training(record.get("training")),
         preprocessing=known.preprocessing,
         version=__version__,
     )
+
+
+def _training(facts: Any) -> dict[str, Any] | None:
+    """How a model was trained after its compressions, where that is known."""
+    names = ("epochs", "images", "source")
+    known = isinstance(facts, dict) and all(name in facts for name in names)
+    return {name: facts[name] for name in names} if known else None
 
 
 def _before(record: dict[str, Any], key: str) -> int | None:

@@ -137,7 +137,8 @@ def fit(
     # Accelerate remembers the precision of a process's first training and refuses another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=cpu,
+        # Without an accelerator Accelerate has to be told: its processes would else not find each other.
+        cpu=cpu or not torch.accelerator.is_available(),
         mixed_precision=config.precision,
         log_with=config.tracker,
         project_dir=folder if config.tracker else None,
