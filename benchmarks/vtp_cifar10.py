@@ -1,6 +1,6 @@
 """Vision Transformer Pruning from scratch on CIFAR-10: three seeds, three rates.
 
-    python benchmarks/vtp_cifar10.py --data ../shared/data/cifar10 --work /tmp/cifar10
+    python benchmarks/vtp_cifar10.py --data ../shared/data/cifar10 --work ../work
 
 For each seed a Vision Transformer is trained, its gates are trained sparse, and at each rate the pruned
 model is evaluated as it is, after fine-tuning on labels, and after fine-tuning from the dense model. Rows

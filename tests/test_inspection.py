@@ -54,6 +54,12 @@ def test_a_shape_is_as_good_as_its_model():
     assert inspection.inspect(shape_of(model)) == inspection.inspect(model)
 
 
+def drawn(table: object) -> str:
+    output = io.StringIO()
+    Console(file=output, width=120).print(table)
+    return output.getvalue()
+
+
 def test_table_shows_every_block_and_sums_up():
     one = shape(
         block(num_tokens_out=6),
@@ -61,9 +67,7 @@ def test_table_shows_every_block_and_sums_up():
         name="small",
     )
     table = inspection.table(one)
-    output = io.StringIO()
-    Console(file=output, width=120).print(table)
-    text = output.getvalue()
+    text = drawn(table)
     assert table.row_count == 4
     for part in ("small", "width 16", "5 outputs", "10 > 6", "q 3 fc2 5", "dense"):
         assert part in text
@@ -85,3 +89,14 @@ def test_unknown_models_are_refused():
     for function in (inspection.inspect, inspection.table):
         with pytest.raises(UnsupportedModelError):
             function(nn.Linear(1, 1))
+
+
+def test_selections_of_features_are_told_where_there_are_any():
+    plan = Plan(blocks=(BlockPlan(mlp_features=tuple(range(12))), BlockPlan()))
+    cut = surgery.apply(build(), plan)
+    found = inspection.inspect(cut)["blocks"]
+    assert [(b["attn_features"], b["mlp_features"]) for b in found] == [(None, 12), (None, None)]
+    text = drawn(inspection.table(cut))
+    assert "16, 12" in text
+    assert "reads" in text
+    assert "reads" not in drawn(inspection.table(build()))

@@ -8,12 +8,29 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+import vitailor as vt
+from conftest import build, images
 from vitailor.artifact import load, save
 from vitailor.errors import ArtifactError
 from vitailor.evaluation import wilson_interval
 from vitailor.hosts import shape_of
-from vitailor.reporting import Accuracies, Run, count, report, run_of, signed, write_page
+from vitailor.methods import VTP
+from vitailor.plan import BlockPlan, Plan
+from vitailor.reporting import (
+    Accuracies,
+    Run,
+    count,
+    method_label,
+    read_run,
+    report,
+    run_of,
+    signed,
+    write_page,
+)
+from vitailor.surgery import apply
+from vitailor.training import TrainConfig
 
 LOADING = ("src", "href", "data", "srcset", "action", "poster", "background", "xlink:href")
 
@@ -241,6 +258,30 @@ def test_run_of_a_record(vit, tmp_path):
     assert run.accuracy.difference_interval == (-14.0, 2.0)
     low, high = wilson_interval(45, 50)
     assert run.accuracy.after_interval == pytest.approx((100 * low, 100 * high))
+
+
+def test_settings_that_are_not_defaults_name_a_run():
+    training = TrainConfig(epochs=2, gate_lr=0.01)
+    settings = VTP(l1=0.5, training=training).model_dump(mode="json")
+    label = "vtp (l1=0.5, training.epochs=2, training.gate_lr=0.01)"
+    assert method_label("vtp", settings) == label
+    assert method_label("vtp", VTP().model_dump(mode="json")) == "vtp"
+    assert method_label("of another version", settings) == "of another version"
+
+
+def test_a_trained_model_says_so_and_shows_what_it_reads(tmp_path):
+    model = build()
+    plan = Plan(blocks=(BlockPlan(mlp_features=tuple(range(12))), BlockPlan()))
+    small = apply(model, plan)
+    data = [(images(model, 8), torch.arange(8) % 5)]
+    config = TrainConfig(epochs=1, batch_size=8, hflip=0.0)
+    run = read_run(vt.save(vt.train(small, data, config, val=data), tmp_path / "trained"))
+    assert run.method == "training (epochs=1, batch_size=8, hflip=0.0)"
+    assert run.accuracy is not None
+    assert (run.accuracy.before, run.accuracy.images) == (None, 8)
+    text = page_of([run], tmp_path).text
+    assert "MLP reads" in text
+    assert "attention reads" not in text
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def compress(
         folder: for checkpoints of training, so that it can be resumed; None for none.
         resume: go on from the checkpoints in `folder`, if there are any.
         device: where to work; the model's own device by default. The result is on the model's device.
-        seed: of everything random. The same seed and thread count give the same plan.
+        seed: of everything random. The same seed and thread count give the same plan on a CPU; a GPU adds
+            in no fixed order.
         source: how the user names the model, for the record.
         preprocessing: of images that are given as files; the model's own by default.
         progress: called with how much is done and how much there is.

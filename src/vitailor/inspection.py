@@ -12,11 +12,10 @@ from .shape import Ranks, ViTShape
 if TYPE_CHECKING:
     from rich.table import Table
 
-CAPTION = "QK and V dims are per head; MACs are for one image; reads: features that attention and MLP read"
-FIELDS = (
-    *("num_heads", "qk_dim", "v_dim", "mlp_dim", "attn_features", "mlp_features"),
-    *("ranks", "num_tokens_in", "num_tokens_out"),
-)
+CAPTION = "QK and V dims are per head; MACs are for one image"
+FIELDS = ("num_heads", "qk_dim", "v_dim", "mlp_dim", "ranks", "num_tokens_in", "num_tokens_out")
+#: Told of where any block reads fewer features than there are.
+READS = ("attn_features", "mlp_features")
 
 
 def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
@@ -24,9 +23,9 @@ def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
 
     Returns:
         `macs` (multiply-adds for one image), `params`, `embed_dim`, `num_prefix_tokens`, and for each of
-        `blocks` its `num_heads`, `qk_dim` and `v_dim` per head, `mlp_dim`, how many features
-        attention and MLP read (`attn_features`, `mlp_features`; None is all), `ranks` by projection
-        (None is dense), `num_tokens_in`, `num_tokens_out`.
+        `blocks` its `num_heads`, `qk_dim` and `v_dim` per head, `mlp_dim`, `ranks` by projection (None
+        is dense), `num_tokens_in`, `num_tokens_out`; where any block reads a selection of the features,
+        also how many its attention and its MLP read (`attn_features`, `mlp_features`; None is all).
 
     Raises:
         UnsupportedModelError: naming the module that cannot be accounted for.
@@ -35,7 +34,9 @@ def inspect(model_or_shape: nn.Module | ViTShape) -> dict[str, Any]:
     blocks = []
     for block in shape.blocks:
         facts = block.model_dump()
-        blocks.append({name: facts[name] for name in FIELDS})
+        blocks.append(
+            {name: facts[name] for name in (*FIELDS, *(READS if _selects(shape) else ()))}
+        )
     return {
         "macs": shape.macs,
         "params": shape.params,
@@ -50,9 +51,11 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
     from rich.table import Table
 
     shape = _shape(model_or_shape)
+    reads = _selects(shape)
     title = f"{shape.name or 'model'}: width {shape.embed_dim}, {shape.num_classes:,} outputs"
-    view = Table(title=title, caption=CAPTION)
-    reads = any(b.attn_features is not None or b.mlp_features is not None for b in shape.blocks)
+    view = Table(
+        title=title, caption=CAPTION + "; reads: features that attention and MLP read" * reads
+    )
     names = (
         "block",
         "heads",
@@ -80,6 +83,10 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
     view.add_row("rest", *empty, f"{shape.outer_params:,}", f"{shape.outer_macs:,}")
     view.add_row("total", *empty, f"{shape.params:,}", f"{shape.macs:,}", style="bold")
     return view
+
+
+def _selects(shape: ViTShape) -> bool:
+    return any(getattr(block, name) is not None for block in shape.blocks for name in READS)
 
 
 def _ranks(ranks: Ranks) -> str:

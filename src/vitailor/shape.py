@@ -25,7 +25,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 #: Rule by which tokens are paired for merging. "cosine": highest cosine similarity, as in ToMe. "ward":
 #: least added variance, which weighs tokens by how many each stands for. "attention": the same, weighed
-#: by class attention too; like "ward" in a model without prefix tokens. See `tokens.affinity`.
+#: by how much the first prefix token, mostly the class token, attends to a token too; like "ward" in a model
+#: without prefix tokens. See `tokens.affinity`.
 Matching = Literal["attention", "ward", "cosine"]
 T = TypeVar("T", bound="Facts")
 #: Gentle merging takes about so many rounds, or merges at most one in so many sources in a round.
