@@ -33,9 +33,9 @@ SEED = 0
 #: remembered.
 COMMON: dict[str, Any] = {"batch_size": 64, "checkpoint_every": 20, "distill": "soft"}
 #: Without labels: what closed-form compression needs no labels for stays so.
-DISTIL = vt.TrainConfig(epochs=3, lr=5e-5, alpha=1.0, **COMMON)
+DISTIL = vt.TrainConfig(epochs=3, lr=1e-5, alpha=1.0, **COMMON)
 #: Labels and teacher alike; five epochs in all.
-FINETUNE = vt.TrainConfig(epochs=3, lr=1e-4, alpha=0.5, gate_lr=5e-3, **COMMON)
+FINETUNE = vt.TrainConfig(epochs=3, lr=3e-5, alpha=0.5, gate_lr=5e-3, **COMMON)
 METHODS: dict[str, vt.VTP] = {
     "VTP, gates on inputs": vt.VTP(sparse_epochs=2, training=FINETUNE),
     "magnitude, the same fine-tuning": vt.VTP(scores="magnitude", scope="layer", training=FINETUNE),

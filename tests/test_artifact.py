@@ -1000,3 +1000,8 @@ def test_hub_errors_are_one_line(hub, monkeypatch):
 def test_without_network_the_hub_says_so():
     with pytest.raises(ArtifactError, match="Cannot get nobody/nothing"):
         artifact.from_pretrained("nobody/nothing")
+
+
+def test_all_files_may_be_read_by_those_who_may_read_one(tmp_path):
+    folder = artifact.save(build(), tmp_path / "small")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1

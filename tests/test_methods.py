@@ -8,7 +8,7 @@ from conftest import shape
 from vitailor.allocate import allocate_uniform
 from vitailor.budget import Budget
 from vitailor.errors import BudgetError, UsageError
-from vitailor.methods import METHODS, VTP, ClosedForm, TokenMerge
+from vitailor.methods import METHODS, VTP, ClosedForm, LowRank, TokenMerge
 from vitailor.methods.base import within
 from vitailor.shape import ViTShape
 from vitailor.sizes import Steps
@@ -20,7 +20,12 @@ WIDTHS = ("qk", "v", "neurons")
 
 
 def test_methods_are_found_by_name():
-    assert {"closed-form": ClosedForm, "token-merge": TokenMerge, "vtp": VTP} == METHODS
+    assert {
+        "closed-form": ClosedForm,
+        "token-merge": TokenMerge,
+        "vtp": VTP,
+        "low-rank": LowRank,
+    } == METHODS
 
 
 @pytest.mark.parametrize(

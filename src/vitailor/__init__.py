@@ -17,6 +17,7 @@ _HOMES = {
     "BudgetError": "errors",
     "ClosedForm": "methods",
     "DataError": "errors",
+    "LowRank": "methods",
     "Plan": "plan",
     "PlanError": "errors",
     "Preprocessing": "preprocessing",
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from .evaluation import Accuracy, evaluate, paired_difference
     from .hosts import shape_of
     from .inspection import inspect
-    from .methods import VTP, ClosedForm, TokenMerge
+    from .methods import VTP, ClosedForm, LowRank, TokenMerge
     from .plan import Plan
     from .preprocessing import Preprocessing
     from .reporting import report
@@ -79,6 +80,7 @@ __all__ = [
     "BudgetError",
     "ClosedForm",
     "DataError",
+    "LowRank",
     "Plan",
     "PlanError",
     "Preprocessing",

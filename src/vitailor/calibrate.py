@@ -46,6 +46,10 @@ class Moments:
         self.total += weighted.sum(0).double()
         self.second += (weighted.T @ flat).double()
 
+    def select(self, index: Tensor) -> Moments:
+        """Moments of these coordinates."""
+        return Moments(self.count, self.total[index], self.second[index][:, index])
+
     @property
     def mean(self) -> Tensor:
         return self.total / self.count
@@ -67,6 +71,7 @@ class BlockMoments:
         mixed: moments of the attention-weighted values of all heads, (H V).
         mlp_input: moments of what the MLP reads, (D).
         hidden: moments of the MLP's hidden activations, (F).
+        attn_input: moments of what the attention's projections read, (D or fewer); None unless asked for.
     """
 
     query: Tensor
@@ -74,6 +79,7 @@ class BlockMoments:
     mixed: Moments
     mlp_input: Moments
     hidden: Moments
+    attn_input: Moments | None = None
 
 
 def images_of(batch: Tensor | tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
@@ -81,12 +87,15 @@ def images_of(batch: Tensor | tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def dense_sweep(model: nn.Module, batches: Batches) -> list[BlockMoments]:
+def dense_sweep(
+    model: nn.Module, batches: Batches, attention_input: bool = False
+) -> list[BlockMoments]:
     """Moments of every block of the dense model.
 
     Args:
         model: any supported model, on the device to run on; its mode is restored.
         batches: calibration images.
+        attention_input: whether moments of what the attention reads are wanted too.
 
     Raises:
         DataError: when there are no images.
@@ -95,7 +104,7 @@ def dense_sweep(model: nn.Module, batches: Batches) -> list[BlockMoments]:
     shape = host.describe(model)
     device = next(model.parameters()).device
     weights = [host.read(host.block(model, i)) for i in range(shape.depth)]
-    found = [_empty(tensors) for tensors in weights]
+    found = [_empty(tensors, attention_input) for tensors in weights]
     was_training = model.training
     model.eval()
     handles = [
@@ -118,7 +127,7 @@ def dense_sweep(model: nn.Module, batches: Batches) -> list[BlockMoments]:
     return found
 
 
-def _empty(tensors: Tensors) -> BlockMoments:
+def _empty(tensors: Tensors, attention_input: bool) -> BlockMoments:
     heads, qk, _ = tensors["q.weight"].shape
     v, hidden = tensors["v.weight"].shape[1], tensors["fc2.weight"].shape[1]
     like = tensors["q.weight"]
@@ -128,6 +137,7 @@ def _empty(tensors: Tensors) -> BlockMoments:
         mixed=Moments.zero(heads * v, like),
         mlp_input=Moments.zero(tensors["out.weight"].shape[0], like),
         hidden=Moments.zero(hidden, like),
+        attn_input=Moments.zero(tensors["q.weight"].shape[2], like) if attention_input else None,
     )
 
 
@@ -141,6 +151,8 @@ def _listen(
         x_BND = args[0]
         if "attn_features" in weights:
             x_BND = x_BND[..., weights["attn_features"]]
+        if found.attn_input is not None:
+            found.attn_input.add(x_BND)
         for name, into in (("q", found.query), ("k", found.key)):
             y_BHNK = torch.einsum("bnd,hkd->bhnk", x_BND, weights[f"{name}.weight"])
             if name == "q" and "q.bias" in weights:

@@ -142,6 +142,23 @@ def decompose(
     )
 
 
+def energies(weight: Tensor, moments: Tensor | None = None) -> Tensor:
+    """(min(out, in)) energy of the outputs along their principal directions, falling; without second
+    moments, the squared singular values of the weights. What SVD loses at rank r is the sum beyond r."""
+    w = weight.detach().double()
+    if moments is None:
+        plain: Tensor = torch.linalg.svdvals(w).square()
+        return plain
+    second = moments.detach().double()
+    if second.shape[0] <= w.shape[0]:
+        root = sqrt_psd(second)
+        gram = root @ (w.mT @ w) @ root
+    else:
+        gram = w @ second @ w.mT
+    values: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    return values
+
+
 # -- spans ---------------------------------------------------------------------------------------
 # Each gives `up` (out, r) and `read` (r, out): the projector is up @ read.
 

@@ -196,6 +196,13 @@ class ViTShape(Facts):
     def merges_tokens(self) -> bool:
         return any(b.num_tokens_out < b.num_tokens_in for b in self.blocks)
 
+    def linears(self) -> list[dict[str, tuple[int, int]]]:
+        """Input and output size of each projection of each block, by name."""
+        return [
+            {name: sizes[:2] for name, sizes in _linears(self.embed_dim, block).items()}
+            for block in self.blocks
+        ]
+
     @property
     def macs(self) -> int:
         """Multiply-adds of the whole model for one image."""

@@ -43,6 +43,8 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
+    file.touch()
+    usual = file.stat().st_mode  # the library would let nobody else read the file
     try:
         save_file({name: _own(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
     except SafetensorError as error:
@@ -50,6 +52,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         number = str(error).rpartition("(os error ")[2].rstrip(")")
         code = int(number) if number.isdigit() else 0
         raise OSError(code, os.strerror(code) if code else str(error)) from error
+    file.chmod(usual)
 
 
 def read_tensors(file: Path, shape: ViTShape) -> nn.Module:

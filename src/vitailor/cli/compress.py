@@ -41,7 +41,7 @@ def compress(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="closed-form, token-merge or vtp.",
+            help="closed-form, token-merge, vtp or low-rank.",
             show_default=False,
         ),
     ],

@@ -2,10 +2,23 @@
 
 from .base import Method, OnEvent, Outcome, Task
 from .closed_form import ClosedForm
+from .low_rank import LowRank
 from .token_merge import TokenMerge
 from .vtp import VTP
 
 #: Name on the command line -> configuration.
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (ClosedForm, TokenMerge, VTP)}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (ClosedForm, TokenMerge, VTP, LowRank)
+}
 
-__all__ = ["METHODS", "VTP", "ClosedForm", "Method", "OnEvent", "Outcome", "Task", "TokenMerge"]
+__all__ = [
+    "METHODS",
+    "VTP",
+    "ClosedForm",
+    "LowRank",
+    "Method",
+    "OnEvent",
+    "Outcome",
+    "Task",
+    "TokenMerge",
+]

@@ -108,7 +108,6 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
-    needs_images: ClassVar[bool] = True
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -118,6 +117,11 @@ class Method(BaseModel):
             raise UsageError(
                 describe_validation_error(type(self).__name__, error), f"Settings: {known}."
             ) from None
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration images are needed at all."""
+        return True
 
     @property
     def needs_labels(self) -> bool:

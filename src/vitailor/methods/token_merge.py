@@ -25,9 +25,12 @@ class TokenMerge(Method):
     """
 
     name: ClassVar[str] = "token-merge"
-    needs_images: ClassVar[bool] = False
 
     matching: Matching = "cosine"
+
+    @property
+    def needs_images(self) -> bool:
+        return False
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
         if budget.metric == "params":

@@ -68,7 +68,6 @@ class VTP(Method):
     """
 
     name: ClassVar[str] = "vtp"
-    needs_images: ClassVar[bool] = False
 
     placement: Placement = "inputs"
     l1: Annotated[float, Field(ge=0)] = 1e-4
@@ -85,6 +84,10 @@ class VTP(Method):
     @property
     def trains(self) -> TrainConfig | None:
         return self.training
+
+    @property
+    def needs_images(self) -> bool:
+        return False
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
         if self.placement == "outputs" and shape.qk_norm:

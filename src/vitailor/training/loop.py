@@ -320,7 +320,8 @@ class _Run:
         size = found[0 if self.config.distill == "feature" else 1].shape[1]
         if not worth_remembering(self.config, self.images, size):
             return
-        key = json.dumps(dict(self.identity), sort_keys=True)
+        about = ("teacher", "images", "distill", "hflip", "precision")
+        key = json.dumps({name: self.identity[name] for name in about})
         table = teacher_outputs.load(self.folder, key) if self.folder is not None else None
         if table is None:
             table = remember(

@@ -1,0 +1,237 @@
+"""Low rank: projections decomposed at the ranks a budget allows.
+
+The second stage of "Vision Transformer Pruning via Matrix Decomposition" (arXiv 2308.10839), for dense models
+and for models that VTP has pruned:
+
+1. A sweep of unlabeled images collects the second moments of what each projection reads.
+2. Ranks are shared out where they lose least of the outputs' energy; a projection that would save nothing
+   stays dense.
+3. Each projection is decomposed: SVD, four versions of QR or two of LU, of the weights alone or of the
+   weights as real inputs see them. Its bias takes up what is lost of the mean.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..calibrate import BlockMoments, Moments, dense_sweep
+from ..decompose import Decomposition, decompose, energies
+from ..errors import DataError, UsageError
+from ..hosts import Tensors, host_of
+from ..plan import BlockPlan, Plan
+from ..ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
+from ..shape import DENSE, ViTShape
+from ..surgery import apply
+from .base import Method, Outcome, Task, keeps_all, within
+
+Projection = Literal["q", "k", "v", "out", "fc1", "fc2"]
+ALL: tuple[Projection, ...] = ("q", "k", "v", "out", "fc1", "fc2")
+
+
+class LowRank(Method):
+    """Replace projections by two thinner ones.
+
+    Args:
+        decomposition: see `decompose`.
+        activation_aware: decompose the weights as the second moments of real inputs weigh them, and let
+            biases take up what is lost of the mean; without, the weights alone are looked at and no image
+            is needed.
+        projections: which are decomposed.
+        share: the same share of the full rank for all, instead of sharing a budget out.
+        energy: the least rank that keeps this share of the energy, instead.
+        step: ranks that are shared out are multiples of it.
+
+    With `share` or `energy` the budget is only checked.
+    """
+
+    name: ClassVar[str] = "low-rank"
+
+    decomposition: Decomposition = "svd"
+    activation_aware: bool = True
+    projections: Annotated[tuple[Projection, ...], Field(min_length=1)] = ALL
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    step: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def needs_images(self) -> bool:
+        return self.activation_aware
+
+    def check(self, shape: ViTShape, budget: Budget) -> None:
+        if self.share is not None and self.energy is not None:
+            raise UsageError("Both share and energy are given.", "Give one of them, or none.")
+        if any(block.ranks != DENSE for block in shape.blocks):
+            raise UsageError(
+                "The model has low-rank projections already.",
+                "Multiply them out first (vitailor.surgery.merge_back).",
+            )
+        if (
+            self._shares_out
+            and budget.metric in ("macs", "params")
+            and not keeps_all(budget, shape)
+        ):
+            flat = _flat(shape, self.projections)
+            within_budget(shape, flat, budget.metric, budget.limit(shape), self.step)
+
+    def plan(self, task: Task) -> Plan:
+        if self._leaves(task):
+            return Plan.identity(task.shape)
+        return self._plan(task, self._inputs(task))
+
+    def run(self, task: Task) -> Outcome:
+        if self._leaves(task):
+            return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
+        task.progress(0, 3)
+        inputs = self._inputs(task)
+        task.progress(1, 3)
+        plan = self._plan(task, inputs)
+        task.progress(2, 3)
+        nearest = copy.deepcopy(task.model)
+        errors = self._decompose(nearest, plan, inputs, task.seed)
+        task.progress(3, 3)
+        return Outcome(apply(nearest, plan), plan, {"errors": errors})
+
+    def _leaves(self, task: Task) -> bool:
+        """Whether there is nothing to do."""
+        return self._shares_out and keeps_all(task.budget, task.shape)
+
+    @property
+    def _shares_out(self) -> bool:
+        return self.share is None and self.energy is None
+
+    # -- step 1 ----------------------------------------------------------------------------------
+
+    def _inputs(self, task: Task) -> list[Inputs]:
+        """Moments of what each projection of each block reads; empty for the plain form."""
+        if not self.activation_aware:
+            return [{} for _ in task.shape.blocks]
+        found = dense_sweep(task.model, task.batches(), attention_input=True)
+        host = host_of(task.model)
+        return [
+            _inputs_of(host.read(host.block(task.model, i)), moments)
+            for i, moments in enumerate(found)
+        ]
+
+    # -- step 2 ----------------------------------------------------------------------------------
+
+    def _plan(self, task: Task, inputs: list[Inputs]) -> Plan:
+        spectra = self._spectra(task.model, inputs)
+
+        def choose(metric: str, limit: int) -> ViTShape:
+            choice = within_budget(task.shape, spectra, metric, limit, self.step)
+            return with_ranks(task.shape, spectra, choice)
+
+        def milliseconds(shapes: list[ViTShape]) -> list[float]:
+            return task.stopwatch([apply(task.model, _plan_of(shape)) for shape in shapes])
+
+        if self.share is not None:
+            return _plan_of(with_ranks(task.shape, spectra, at_share(spectra, self.share)))
+        if self.energy is not None:
+            return _plan_of(with_ranks(task.shape, spectra, at_energy(spectra, self.energy)))
+        return _plan_of(within(task.budget, task.shape, choose, milliseconds))
+
+    def _spectra(self, model: nn.Module, inputs: list[Inputs]) -> list[Spectrum]:
+        host, found = host_of(model), []
+        for i, known in enumerate(inputs):
+            tensors = host.read(host.block(model, i))
+            for name in self.projections:
+                weight = _weight(tensors, name)
+                moments = _second(known.get(name), centred=_bias(tensors, name) is not None)
+                out, width = weight.shape
+                found.append(Spectrum(i, name, width, out, energies(weight, moments)))
+        return found
+
+    # -- step 3 ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _decompose(
+        self, model: nn.Module, plan: Plan, inputs: list[Inputs], seed: int
+    ) -> list[dict[str, float]]:
+        """Put the nearest weights of the planned ranks into the model; returns what each loses, as a share
+        of the outputs' root mean square (plain form: of the weights' norm)."""
+        host, told = host_of(model), []
+        for i, (block_plan, known) in enumerate(zip(plan.blocks, inputs, strict=True)):
+            block = host.block(model, i)
+            tensors, errors = host.read(block), {}
+            for name, rank in block_plan.ranks:
+                if rank is None:
+                    continue
+                weight, bias, moments = (
+                    _weight(tensors, name),
+                    _bias(tensors, name),
+                    known.get(name),
+                )
+                second = _second(moments, centred=bias is not None)
+                found = decompose(weight, rank, self.decomposition, moments=second, seed=seed)
+                nearest = found.product
+                lost = weight.double() - nearest.double()
+                tensors[f"{name}.weight"] = nearest.reshape(tensors[f"{name}.weight"].shape)
+                if bias is not None and moments is not None:
+                    shifted = bias.double().flatten() + lost @ moments.mean
+                    tensors[f"{name}.bias"] = shifted.to(bias.dtype).reshape(bias.shape)
+                errors[name] = _relative(weight, found.output_error, found.weight_error, second)
+            host.write(block, tensors, DENSE)
+            told.append(errors)
+        return told
+
+
+#: Moments of what each projection of a block reads.
+Inputs = dict[str, Moments]
+
+
+def _inputs_of(tensors: Tensors, moments: BlockMoments) -> Inputs:
+    if moments.attn_input is None:
+        raise DataError("Nothing is known of what attention reads.", "Sweep with attention_input.")
+    read = moments.mlp_input
+    if "mlp_features" in tensors:
+        read = read.select(tensors["mlp_features"])
+    attention = dict.fromkeys("qkv", moments.attn_input)
+    return attention | {"out": moments.mixed, "fc1": read, "fc2": moments.hidden}
+
+
+def _weight(tensors: Tensors, name: str) -> Tensor:
+    """(out, in) weights of a projection, heads flattened."""
+    weight = tensors[f"{name}.weight"]
+    if weight.dim() == 2:
+        return weight
+    return weight.flatten(1) if name == "out" else weight.flatten(0, 1)
+
+
+def _bias(tensors: Tensors, name: str) -> Tensor | None:
+    return tensors.get(f"{name}.bias")
+
+
+def _second(moments: Moments | None, centred: bool) -> Tensor | None:
+    """What counts of the inputs: their covariance where a bias takes up the mean, else second moments."""
+    if moments is None:
+        return None
+    return moments.covariance if centred else moments.second / moments.count
+
+
+def _relative(
+    weight: Tensor, output_error: float | None, weight_error: float, second: Tensor | None
+) -> float:
+    w = weight.double()
+    if output_error is None or second is None:
+        return weight_error / max(float(w.norm()), 1e-300)
+    return output_error / max(float((w @ second * w).sum().clamp_min(0).sqrt()), 1e-300)
+
+
+def _plan_of(shape: ViTShape) -> Plan:
+    return Plan(blocks=tuple(BlockPlan(ranks=block.ranks) for block in shape.blocks))
+
+
+def _flat(shape: ViTShape, projections: tuple[Projection, ...]) -> list[Spectrum]:
+    """Spectra of which nothing is known but their sizes."""
+    return [
+        Spectrum(i, name, fan_in, fan_out, torch.ones(min(fan_in, fan_out)))
+        for i, sizes in enumerate(shape.linears())
+        for name, (fan_in, fan_out) in sizes.items()
+        if name in projections
+    ]

@@ -1,0 +1,166 @@
+"""How much rank each projection gets: a fixed share, a share of the energy, or a budget over all of them.
+
+A projection of n inputs and m outputs at rank r costs r (n + m) instead of n m, so ranks from n m / (n + m)
+on save nothing: such a projection is left dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .budget import cost
+from .errors import BudgetError
+from .shape import Ranks, ViTShape
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What each rank of a projection keeps.
+
+    Attributes:
+        block, name: which projection: "q", "k", "v", "out", "fc1" or "fc2".
+        fan_in, fan_out: its size.
+        energies: (full rank) energy of the outputs, or of the weights, along each direction, falling.
+    """
+
+    block: int
+    name: str
+    fan_in: int
+    fan_out: int
+    energies: Tensor
+
+    @property
+    def most(self) -> int:
+        """The largest rank that saves something; 0 where none does."""
+        return (self.fan_in * self.fan_out - 1) // (self.fan_in + self.fan_out)
+
+    def lost(self) -> Tensor:
+        """(full rank + 1) share of the energy that each rank from 0 on loses."""
+        total = self.energies.sum()
+        if total <= 0:
+            return torch.zeros(len(self.energies) + 1, dtype=torch.float64)
+        kept = torch.cat(
+            [torch.zeros(1, dtype=torch.float64), self.energies.double().cpu().cumsum(0)]
+        )
+        return (1 - kept / total.double().cpu()).clamp_min(0)
+
+
+#: Rank of each spectrum's projection; None leaves it dense.
+Choice = list[int | None]
+
+
+def at_share(spectra: Sequence[Spectrum], share: float) -> Choice:
+    """The same share of the full rank for every projection."""
+    return [_saving(s, max(1, round(share * len(s.energies)))) for s in spectra]
+
+
+def at_energy(spectra: Sequence[Spectrum], energy: float) -> Choice:
+    """The least rank that keeps this share of each projection's energy."""
+    found = []
+    for spectrum in spectra:
+        enough = (spectrum.lost() <= 1 - energy + 1e-12).nonzero()
+        found.append(_saving(spectrum, max(1, int(enough[0]))))
+    return found
+
+
+def within_budget(
+    dense: ViTShape, spectra: Sequence[Spectrum], metric: str, limit: int, step: int = 1
+) -> Choice:
+    """Ranks that lose least in sum, as shares of each projection's energy, within a budget.
+
+    Water-filling: at a price for each unit of cost every projection takes the rank at which the next
+    direction is not worth its price, or stays dense; the price is bisected to the budget. Then what is
+    left is spent, one step of rank at a time, where it gains most.
+
+    Args:
+        metric, limit: "macs" or "params", and how much is allowed.
+        step: ranks are multiples of it.
+
+    Raises:
+        BudgetError: when even rank `step` everywhere costs too much.
+    """
+    tables = [_table(dense, spectrum, metric, step) for spectrum in spectra]
+
+    def spend(price: float) -> list[int]:
+        return [int((lost + price * costs).argmin()) for _, lost, costs in tables]
+
+    def spent(picks: Sequence[int]) -> int:
+        return base + sum(int(t[2][pick]) for t, pick in zip(tables, picks, strict=True))
+
+    base = cost(dense, metric) - sum(int(costs[-1]) for _, _, costs in tables)
+    least = spent([int(costs.argmin()) for _, _, costs in tables])
+    if least > limit:
+        raise BudgetError(
+            f"{limit:,} {metric} are out of reach: at the lowest ranks the model has {least:,}.",
+            "Ask for more, or factor more projections.",
+        )
+    low, high = 0.0, 1.0
+    while spent(spend(high)) > limit:
+        high *= 4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(spend(middle)) <= limit else (middle, high)
+    picks = _filled_up(tables, spend(high), limit, spent)
+    return [table[0][pick] for table, pick in zip(tables, picks, strict=True)]
+
+
+def with_ranks(shape: ViTShape, spectra: Sequence[Spectrum], choice: Choice) -> ViTShape:
+    """The shape with these ranks."""
+    found: list[dict[str, int | None]] = [{} for _ in shape.blocks]
+    for spectrum, rank in zip(spectra, choice, strict=True):
+        found[spectrum.block][spectrum.name] = rank
+    blocks = tuple(
+        block.model_copy(update={"ranks": Ranks(**{**dict(block.ranks), **own})})
+        for block, own in zip(shape.blocks, found, strict=True)
+    )
+    return shape.with_blocks(blocks)
+
+
+#: Ranks that a projection may take, the last None for dense; what each loses; what each costs.
+Table = tuple[list[int | None], Tensor, Tensor]
+
+
+def _table(dense: ViTShape, spectrum: Spectrum, metric: str, step: int) -> Table:
+    ranks: list[int | None] = [*range(step, spectrum.most + 1, step), None]
+    lost, block = spectrum.lost(), dense.blocks[spectrum.block]
+    losses = [float(lost[rank]) if rank is not None else 0.0 for rank in ranks]
+    tokens = block.num_tokens_out if spectrum.name in ("fc1", "fc2") else block.num_tokens_in
+    unit = tokens if metric == "macs" else 1
+    fan_in, fan_out = spectrum.fan_in, spectrum.fan_out
+    costs = [
+        unit * (rank * (fan_in + fan_out) if rank is not None else fan_in * fan_out)
+        for rank in ranks
+    ]
+    return ranks, torch.tensor(losses, dtype=torch.float64), torch.tensor(costs)
+
+
+def _filled_up(
+    tables: Sequence[Table],
+    picks: list[int],
+    limit: int,
+    spent: Callable[[Sequence[int]], int],
+) -> list[int]:
+    """One step more at a time where it gains most for what it costs, until none fits."""
+    left = limit - spent(picks)
+    while True:
+        best, gain = None, 0.0
+        for i, (_, lost, costs) in enumerate(tables):
+            pick = picks[i]
+            if pick + 1 >= len(lost):
+                continue
+            extra = int(costs[pick + 1] - costs[pick])
+            worth = float(lost[pick] - lost[pick + 1]) / max(extra, 1)
+            if extra <= left and worth > gain:
+                best, gain = i, worth
+        if best is None:
+            return picks
+        left -= int(tables[best][2][picks[best] + 1] - tables[best][2][picks[best]])
+        picks[best] += 1
+
+
+def _saving(spectrum: Spectrum, rank: int) -> int | None:
+    return rank if rank <= spectrum.most else None

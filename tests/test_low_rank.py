@@ -1,0 +1,253 @@
+"""Ranks under a budget, and low rank as a method."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import vitailor as vt
+from conftest import build, images
+from test_compression import same_state
+from vitailor.budget import cost
+from vitailor.decompose import Decomposition
+from vitailor.errors import BudgetError, UsageError
+from vitailor.hosts import shape_of
+from vitailor.methods import VTP, LowRank
+from vitailor.plan import BlockPlan, Plan
+from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
+from vitailor.shape import DENSE
+from vitailor.surgery import apply, merge_back
+
+
+def data(model: nn.Module, count: int = 24) -> list[Tensor]:
+    return [images(model, count)]
+
+
+def cut(
+    method: LowRank, budget: vt.Budget, model: nn.Module | None = None, **more: Any
+) -> nn.Module:
+    model = build() if model is None else model
+    return vt.compress(model, method, budget, data=data(model), **more)
+
+
+# -- choosing ranks ------------------------------------------------------------------------------
+
+
+def spectra(seed: int = 0, names: tuple[str, ...] = ("q", "out", "fc1", "fc2")) -> list[Spectrum]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i, sizes in enumerate(shape_of(build()).linears()):
+        for name in names:
+            fan_in, fan_out = sizes[name]
+            full = min(fan_in, fan_out)
+            values = torch.rand(full, generator=generator).square().sort(descending=True).values
+            found.append(Spectrum(i, name, fan_in, fan_out, values))
+    return found
+
+
+def test_ranks_that_save_nothing_are_not_taken():
+    square = Spectrum(0, "q", 16, 16, torch.ones(16))
+    wide = Spectrum(0, "fc1", 16, 64, torch.ones(16))
+    assert (square.most, wide.most) == (7, 12)
+    assert at_share([square, wide], 0.5) == [None, 8]
+    assert at_share([square, wide], 0.4) == [6, 6]
+    assert Spectrum(0, "q", 1, 1, torch.ones(1)).most == 0
+    dense = shape_of(build())
+    for spectrum in spectra():
+        for rank, cheaper in ((spectrum.most, True), (spectrum.most + 1, False)):
+            params = cost(with_ranks(dense, [spectrum], [rank]), "params")
+            assert (params < dense.params) == cheaper
+
+
+def test_energy_takes_the_least_rank_that_keeps_it():
+    spectrum = Spectrum(0, "fc1", 16, 64, torch.tensor([6.0, 3.0, 1.0] + [0.0] * 13))
+    assert at_energy([spectrum], 0.6) == [1]
+    assert at_energy([spectrum], 0.61) == [2]
+    assert at_energy([spectrum], 0.9) == [2]
+    assert at_energy([spectrum], 1.0) == [3]
+    assert at_energy([Spectrum(0, "fc1", 16, 64, torch.zeros(16))], 0.9) == [1]
+
+
+@given(
+    st.integers(0, 500), st.sampled_from(["macs", "params"]), st.floats(0.3, 1.0), st.integers(1, 3)
+)
+def test_budgets_are_met_within_one_step_and_never_exceeded(seed, metric, keep, step):
+    dense, found = shape_of(build()), spectra(seed)
+    limit = int(keep * cost(dense, metric))
+    try:
+        choice = within_budget(dense, found, metric, limit, step)
+    except BudgetError:
+        least = with_ranks(dense, found, [step if s.most >= step else None for s in found])
+        assert cost(least, metric) > limit
+        return
+    spent = cost(with_ranks(dense, found, choice), metric)
+    assert spent <= limit
+    for i, rank in enumerate(choice):
+        if rank is None:
+            continue
+        more = None if rank + step > found[i].most else rank + step
+        bigger = with_ranks(dense, found, [*choice[:i], more, *choice[i + 1 :]])
+        assert cost(bigger, metric) > limit or found[i].lost()[rank] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shared_out_ranks_lose_no_more_than_any_others(seed):
+    """Against all combinations, with the last projection's step as the slack that rounding leaves."""
+    dense, found = shape_of(build()), spectra(seed, ("fc1", "fc2"))[:2]
+    tables = [[*range(1, s.most + 1), None] for s in found]
+
+    def lost(choice: tuple[int | None, ...]) -> float:
+        pairs = zip(found, choice, strict=True)
+        return sum(float(s.lost()[rank]) for s, rank in pairs if rank is not None)
+
+    limit = int(0.85 * dense.params)
+    ours = within_budget(dense, found, "params", limit)
+    fitting = [
+        choice
+        for choice in itertools.product(*tables)
+        if cost(with_ranks(dense, found, list(choice)), "params") <= limit
+    ]
+    best = min(map(lost, fitting))
+    step = max(float(s.energies[0] / s.energies.sum()) for s in found)
+    assert lost(tuple(ours)) <= best + step
+
+
+# -- the method ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("kind", get_args(Decomposition))
+def test_a_plain_smaller_model_within_the_budget(kind, aware, tmp_path):
+    model = build()
+    before = copy.deepcopy(model)
+    small = cut(LowRank(decomposition=kind, activation_aware=aware), vt.Budget(params=0.75), model)
+    assert same_state(model, before)
+    shape = shape_of(small)
+    assert 0.7 * shape_of(model).params < shape.params <= 0.75 * shape_of(model).params
+    assert shape.params == sum(p.numel() for p in small.parameters())
+    assert any(block.ranks != DENSE for block in shape.blocks)
+    (step,) = small.vitailor.steps
+    assert step.plan.result(shape_of(model)) == shape
+    errors = small.vitailor.record["facts"]["errors"]
+    for block, own in zip(shape.blocks, errors, strict=True):
+        assert set(own) == {name for name, rank in block.ranks if rank is not None}
+        # Orthogonal projections lose at most all; LU's are oblique and may do worse.
+        most = 3 if kind.startswith("lu") else 1
+        assert all(0 <= error < most for error in own.values())
+    x = images(model, 3, seed=9)
+    vt.save(small, tmp_path / "small")
+    assert torch.equal(vt.load(tmp_path / "small")(x), small(x))
+    assert torch.allclose(merge_back(small)(x), small(x), atol=1e-5)
+
+
+def full_rank(model: nn.Module, aware: bool) -> nn.Module:
+    """Every projection at its full rank, through the same steps as any rank."""
+    from vitailor.methods.base import Task
+
+    shape = shape_of(model)
+    task = Task(
+        model=model,
+        shape=shape,
+        budget=vt.Budget(macs=0.9),
+        data=vt.data.open_images(data(model), None),
+        device=torch.device("cpu"),
+        stopwatch=lambda models: [1.0 for _ in models],
+        seed=0,
+        progress=lambda done, total: None,
+    )
+    method = LowRank(activation_aware=aware)
+    blocks = tuple(
+        BlockPlan(ranks={name: min(sizes) for name, sizes in own.items()})
+        for own in shape.linears()
+    )
+    plan, nearest = Plan(blocks=blocks), copy.deepcopy(model)
+    method._decompose(nearest, plan, method._inputs(task), 0)
+    return apply(nearest, plan)
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_full_rank_is_the_same_function(aware):
+    model = build().double()
+    x = images(model, 3)
+    found = full_rank(model, aware)
+    assert all(rank is not None for block in shape_of(found).blocks for _, rank in block.ranks)
+    difference = (found(x) - model(x)).norm() / model(x).norm()
+    assert difference < 1e-10
+
+
+def test_activation_aware_is_nearer_on_the_images_it_saw():
+    model = build(embed_dim=32, num_heads=4)
+    x = images(model, 64)
+    losses = []
+    for aware in (True, False):
+        method = LowRank(activation_aware=aware, share=0.4)
+        small = vt.compress(model, method, vt.Budget(macs=1.0), data=[x])
+        with torch.no_grad():
+            losses.append(float((small(x) - model(x)).square().mean()))
+    assert losses[0] < losses[1]
+
+
+def test_biases_take_up_what_is_lost_of_the_mean():
+    """The mean output of every decomposed projection on the calibration images stays as it was."""
+    model = build()
+    x = images(model, 32)
+    method = LowRank(projections=("fc1",), share=0.3)
+    small = vt.compress(model, method, vt.Budget(macs=1.0), data=[x])
+    means = []
+    for one in (model, small):
+        seen: list[Tensor] = []
+        handle = one.blocks[0].mlp.fc1.register_forward_hook(
+            lambda module, args, out, into=seen: into.append(out.mean((0, 1)))
+        )
+        one(x)
+        handle.remove()
+        means.append(seen[0])
+    assert torch.allclose(*means, atol=1e-5)
+
+
+def test_after_vtp():
+    model = build()
+    training = vt.TrainConfig(epochs=1, batch_size=8, hflip=0.0)
+    train = [(images(model, 16), torch.arange(16) % 5)]
+    pruned = vt.compress(model, VTP(training=training), vt.Budget(params=0.8), train=train)
+    small = cut(LowRank(decomposition="qr-importance"), vt.Budget(params=0.8), pruned)
+    assert [step.method for step in small.vitailor.steps] == ["vtp", "low-rank"]
+    assert shape_of(small).params <= 0.8 * shape_of(pruned).params
+    assert [b.mlp_features for b in shape_of(small).blocks] == [
+        b.mlp_features for b in shape_of(pruned).blocks
+    ]
+
+
+def test_low_rank_models_train(tmp_path):
+    model = build()
+    small = cut(LowRank(), vt.Budget(params=0.75), model)
+    config = vt.TrainConfig(epochs=2, batch_size=8, lr=1e-3, hflip=0.0, distill="soft")
+    tuned = vt.train(small, data(model), config, teacher=model)
+    losses = tuned.vitailor.record["training"]["losses"]
+    assert losses[1] < losses[0]
+    assert shape_of(tuned) == shape_of(small)
+
+
+def test_what_cannot_work_is_refused():
+    model = build()
+    for settings, budget, error, message in (
+        ({"share": 0.5, "energy": 0.9}, 0.8, UsageError, "Both share and energy"),
+        ({}, 0.05, BudgetError, "out of reach"),
+        ({"share": 0.9, "projections": ("q",)}, 0.5, BudgetError, "over the budget"),
+    ):
+        with pytest.raises(error, match=message):
+            cut(LowRank(**settings), vt.Budget(params=budget), model)
+    with pytest.raises(UsageError, match="calibration images"):
+        vt.compress(model, LowRank(), vt.Budget(params=0.8))
+    assert shape_of(vt.compress(model, LowRank(activation_aware=False), vt.Budget(params=0.8)))
+    once = cut(LowRank(), vt.Budget(params=0.8), model)
+    with pytest.raises(UsageError, match="merge_back"):
+        cut(LowRank(), vt.Budget(params=0.8), once)
+    assert same_state(cut(LowRank(), vt.Budget(params=1.0), model), model)
