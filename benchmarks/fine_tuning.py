@@ -117,7 +117,8 @@ class Bench:
             "facts": known.get("facts"),
             "training": known.get("training"),
             "settings": [step.settings for step in model.vitailor.steps] if known else None,
-            "conditions": conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()},
+            "conditions": conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            | {"threads": torch.get_num_threads()},
         }
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:

@@ -28,14 +28,17 @@ from vitailor.training import Augmentation, TrainConfig, fit
 
 
 def ours(model: nn.Module, images: ImageSet, config: TrainConfig) -> float:
-    """Images per second of one epoch, from start to end of the loop."""
-    return fit(copy.deepcopy(model), config, images).images_per_s
+    """Images per second of one epoch, everything around the loop included."""
+    student, started = copy.deepcopy(model), time.perf_counter()
+    fit(student, config, images)
+    return len(images) / (time.perf_counter() - started)
 
 
 def plain(model: nn.Module, images: ImageSet, config: TrainConfig) -> float:
     """The loop that one writes by hand with timm's parts, as `ours` does it: flips, clipping, cosine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = copy.deepcopy(model).to(device).train()
+    student, started = copy.deepcopy(model), time.perf_counter()
+    student.to(device).train()
     optimizer = create_optimizer_v2(
         student, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
     )
@@ -51,7 +54,6 @@ def plain(model: nn.Module, images: ImageSet, config: TrainConfig) -> float:
     )
     kinds = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     kind = kinds[config.precision]
-    seen, started = 0, time.perf_counter()
     for update, (x, y) in enumerate(loader):
         flip = torch.rand(len(x)) < config.hflip
         x = torch.where(flip[:, None, None, None], x.flip(-1), x).to(device)
@@ -63,9 +65,8 @@ def plain(model: nn.Module, images: ImageSet, config: TrainConfig) -> float:
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         scheduler.step_update(update)
-        loss.item()
-        seen += len(x)
-    return seen / (time.perf_counter() - started)
+    loss.item()  # waits for a GPU
+    return len(images) / (time.perf_counter() - started)
 
 
 def main() -> None:

@@ -149,7 +149,8 @@ class Bench:
             "macs": shape.macs,
             "params": shape.params,
             "facts": model.vitailor.record.get("facts"),
-            "conditions": conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()},
+            "conditions": conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            | {"threads": torch.get_num_threads()},
         }
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:

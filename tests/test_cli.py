@@ -804,6 +804,30 @@ def test_train_from_a_teacher(run, artifact, tmp_path):
         (["train", "ARTIFACT", "--data", "digits", "-o", "OUT", "--distill", "sof"], 2, "distill"),
         (["train", "ARTIFACT", "--data", "nowhere", "-o", "OUT"], 1, "nowhere"),
         (["train", "ARTIFACT", "--data", "PHOTOS", "-o", "OUT"], 2, "no labels"),
+        (
+            [
+                "train",
+                "ARTIFACT",
+                "--data",
+                "digits",
+                "-o",
+                "OUT",
+                "--teacher",
+                "t",
+                "--distill",
+                "none",
+            ],
+            2,
+            "does not go with",
+        ),
+        (
+            [
+                *("compress", "ARTIFACT", "--method", "token-merge", "--keep", "0.9", "--resume"),
+                *("-o", "OUT"),
+            ],
+            2,
+            "nothing to resume",
+        ),
         (["train", "nowhere/", "--data", "digits", "-o", "OUT"], 1, "nowhere"),
         (["compress", "ARTIFACT", "--method", "vtp", "--keep", "0.7", "-o", "OUT"], 2, "--train"),
         (

@@ -94,6 +94,7 @@ def test_the_teacher_at_hand(tmp_path, monkeypatch):
         return OpenedModel(found, source)
 
     monkeypatch.setattr("vitailor.trainer.open_model", open_model)
+    monkeypatch.setattr("vitailor.trainer._is_at_hand", lambda source: True)
     source = str(tmp_path / "dense.safetensors")
     small = vt.compress(model, vt.TokenMerge(), vt.Budget(macs=0.8), source=source)
     found = default_teacher(small)
@@ -114,6 +115,60 @@ def test_a_teacher_of_other_classes_is_refused():
         vt.train(model, data(model), TrainConfig(**QUICK), teacher=other)
     feature = TrainConfig(**QUICK | {"distill": "feature"})
     vt.train(model, data(model), feature, teacher=other)
+
+
+def test_teachers_that_do_not_fit_are_refused():
+    model = build()
+    feature = TrainConfig(**QUICK | {"distill": "feature"})
+    with pytest.raises(UsageError, match="teacher gives 32 features and the model 16"):
+        vt.train(model, data(model), feature, teacher=build(embed_dim=32))
+    with pytest.raises(UsageError, match="cannot take images of"):
+        vt.train(model, data(model), feature, teacher=build(img_size=32))
+
+
+def test_a_teacher_gets_images_with_its_own_mean():
+    model, teacher = build(), build(seed=3)
+    teacher.pretrained_cfg = teacher.pretrained_cfg | {
+        "mean": (0.2, 0.4, 0.6),
+        "std": (0.3, 0.2, 0.1),
+    }
+    given = vt.Preprocessing(
+        input_size=(3, 24, 24),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    from vitailor.trainer import _on_images_of
+
+    pixels = torch.rand(2, 3, 24, 24)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    found = _on_images_of(teacher, model, given)
+    assert torch.allclose(found((pixels - 0.5) / 0.5), teacher((pixels - mean) / std), atol=1e-5)
+    assert found.num_classes == 5
+    # Chosen by the caller, a preprocessing is for both.
+    chosen = given.model_copy(update={"mean": (0.1,) * 3})
+    assert _on_images_of(teacher, model, chosen) is teacher
+
+
+def test_what_is_remembered_is_of_the_same_images(tmp_path):
+    config = TrainConfig(**QUICK, distill="soft")
+    teacher, model = build(seed=3), build()
+    other = [(images(model, 20, 7), torch.arange(20) % 5)]
+    vt.train(model, data(model), config, teacher=teacher, folder=tmp_path)
+    again = vt.train(model, other, config, teacher=teacher, folder=tmp_path)
+    alone = vt.train(model, other, config, teacher=teacher)
+    assert same_state(again, alone)
+
+
+def test_validation_images_must_stay_the_same(tmp_path):
+    model = build()
+    vt.train(model, data(model), TrainConfig(**QUICK), val=data(model), folder=tmp_path)
+    for val in (None, data(model, 7)):
+        with pytest.raises(UsageError, match="another val"):
+            vt.train(
+                model, data(model), TrainConfig(**QUICK), val=val, folder=tmp_path, resume=True
+            )
 
 
 # -- remembering the teacher ---------------------------------------------------------------------
@@ -146,9 +201,15 @@ class Random(torch.utils.data.Dataset[tuple[Tensor, int]]):
 )
 def test_what_is_worth_remembering(settings, worth):
     config = TrainConfig(**QUICK | settings)
-    assert remembering.worth_remembering(config, opened(), 5) == worth
-    assert not remembering.worth_remembering(config, opened(), 2**26)
-    assert not remembering.worth_remembering(config, open_images(Random(), None), 5)
+    assert remembering.worth_remembering(config, 20, 5) == worth
+    assert not remembering.worth_remembering(config, 20, 2**26)
+
+
+def test_images_that_come_out_otherwise_are_noticed():
+    assert remembering.probe(open_images(Random(), None)) is None
+    seen = remembering.probe(opened())
+    assert seen == remembering.probe(opened())
+    assert seen != remembering.probe(open_images([images(build(), 20, 5)], None))
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "feature"])
@@ -169,7 +230,7 @@ def test_remembered_is_what_the_teacher_says(kind, hflip, monkeypatch):
         monkeypatch.setattr(remembering, "MAX_BYTES", limit)
         calls.clear()
         losses.append(fit(build(), TrainConfig(**settings), opened(), teacher=teacher).losses)
-        asked = sum(calls) - 3 * 24 - 1  # but for the student, and a look at the width
+        asked = sum(calls) - 3 * 24 - 2  # but for the student, and two looks at the widths
         assert asked == (20 * len(remembering.views_of(TrainConfig(**settings))) if limit else 72)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -103,6 +103,9 @@ def test_interrupted_and_resumed_is_the_whole(where, tmp_path):
     other = build(seed=5)
     with pytest.raises(UsageError, match="made with another model"):
         prune(VTP(training=SHORT), other, folder=tmp_path, resume=True)
+    outputs = VTP(training=SHORT, placement="outputs")
+    with pytest.raises(UsageError, match="made with another placement"):
+        prune(outputs, folder=tmp_path, resume=True)
     with pytest.raises(UsageError, match="made with another l1"):
         prune(VTP(training=SHORT, l1=0.5), folder=tmp_path, resume=True)
 
@@ -154,8 +157,14 @@ def test_a_rate_prunes_that_share():
     kept = small.vitailor.record["facts"]["kept"]
     # Within one unit of 16 features; of 8 dims in each head.
     assert all(abs(share - 0.6) <= 0.1001 for shares in kept.values() for share in shares)
+    stages: list[str] = []
     with pytest.raises(BudgetError, match="over the budget"):
-        prune(method, budget=vt.Budget(macs=0.5))
+        prune(
+            method.model_copy(update={"stage": "finetune"}),
+            budget=vt.Budget(macs=0.5),
+            on_event=lambda stage, event: stages.append(stage),
+        )
+    assert "fine-tuning" not in stages
 
 
 def test_a_model_within_the_budget_is_left_alone():
@@ -169,6 +178,22 @@ def test_other_budgets():
     assert shape_of(small).params <= 0.8 * shape_of(model).params
     shape = plan_only(model, VTP(training=SHORT, stage="prune"), BUDGET, train=data(model))
     assert shape.macs <= 0.7 * shape_of(model).macs
+
+
+def test_a_plan_made_by_the_clock_is_made_once(tmp_path, monkeypatch):
+    """Latencies come out otherwise every time; what is resumed keeps its plan."""
+    speed = {"factor": 1.0}
+
+    def stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
+        return [speed["factor"] ** (i > 0) * shape_of(m).macs / 1e6 for i, m in enumerate(models)]
+
+    monkeypatch.setattr("vitailor.compression._stopwatch", stopwatch)
+    budget = vt.Budget(latency=0.8)
+    method = VTP(training=SHORT)
+    first = prune(method, budget=budget, folder=tmp_path)
+    speed["factor"] = 1.1
+    assert same_state(prune(method, budget=budget, folder=tmp_path, resume=True), first)
+    assert shape_of(prune(method, budget=budget)) != shape_of(first)
 
 
 def test_gates_of_compressed_models():
@@ -209,3 +234,42 @@ def test_what_cannot_work_is_refused_before_training():
     normed = build(qk_norm=True)
     with pytest.raises(UsageError, match="cannot be gated"):
         vt.compress(normed, VTP(placement="outputs"), BUDGET, train=data(normed), on_event=never)
+
+
+def test_class_maps_are_for_training_images_too(tmp_path):
+    """Folders of another order than the classes': labels follow the map."""
+    from PIL import Image
+
+    model = build()
+    for i in range(5):
+        (tmp_path / "images" / f"c{i}").mkdir(parents=True)
+        Image.new("RGB", (24, 24), (50 * i, 90, 10)).save(tmp_path / "images" / f"c{i}" / "a.png")
+    (tmp_path / "map").write_text("\n".join(f"c{i}" for i in (4, 3, 2, 1, 0)))
+    frozen = SHORT.model_copy(update={"epochs": 1, "lr": 1e-20, "gate_lr": 1e-20, "batch_size": 5})
+    losses = []
+    for class_map in (None, tmp_path / "map"):
+        told: list[float] = []
+        method = VTP(training=frozen, l1=0.0, stage="sparse")
+        vt.compress(
+            model,
+            method,
+            BUDGET,
+            train=tmp_path / "images",
+            class_map=class_map,
+            on_event=lambda stage, event, into=told: into.append(event.loss),
+        )
+        losses.append(told[-1])
+    x = torch.stack(
+        [
+            vt.data.open_images(tmp_path / "images", vt.preprocessing.resolve_preprocessing(model))[
+                i
+            ][0]
+            for i in range(5)
+        ]
+    )
+    with torch.no_grad():
+        expected = [
+            float(torch.nn.functional.cross_entropy(model(x), torch.tensor(labels)))
+            for labels in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0])
+        ]
+    assert losses == pytest.approx(expected, abs=1e-4)

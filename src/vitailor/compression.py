@@ -21,7 +21,7 @@ from torch import nn
 from . import __version__
 from .benchmarking import bench, conditions
 from .budget import Budget, cost
-from .data import Data, ImageSet, open_images
+from .data import ClassMap, Data, ImageSet, open_images
 from .errors import BudgetError, DataError, UsageError
 from .evaluation import evaluate as measure_accuracy
 from .evaluation import paired_difference
@@ -31,7 +31,7 @@ from .plan import Plan
 from .preprocessing import Preprocessing, resolve_preprocessing
 from .provenance import Provenance, Step, provenance_of, weights_hash
 from .shape import ViTShape
-from .training import Augmentation
+from .training import Augmentation, require_float32
 
 
 def compress(
@@ -42,6 +42,7 @@ def compress(
     data: Data | None = None,
     evaluate: Data | None = None,
     train: Data | None = None,
+    class_map: ClassMap | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
@@ -61,6 +62,7 @@ def compress(
             labels are ignored unless the method asks for them.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
         train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
+        class_map: class index of each class folder of `evaluate` and `train`.
         folder: for checkpoints of training, so that it can be resumed; None for none.
         resume: go on from the checkpoints in `folder`, if there are any.
         device: where to work; the model's own device by default. The result is on the model's device.
@@ -79,9 +81,15 @@ def compress(
     """
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, train, device, seed, preprocessing, progress)
-    task = replace(task, folder=Path(folder) if folder else None, resume=resume, on_event=on_event)
-    test = _open_test(evaluate, preprocessing, task.shape)
+    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = replace(
+        task,
+        train=_open_train(train, method, preprocessing, task.shape, class_map),
+        folder=Path(folder) if folder else None,
+        resume=resume,
+        on_event=on_event,
+    )
+    test = _open_test(evaluate, preprocessing, task.shape, class_map)
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
@@ -105,6 +113,7 @@ def compress(
         **({"training": _describe(task.train)} if task.train is not None else {}),
         "conditions": conditions(task.device) | {"threads": torch.get_num_threads()},
         "facts": outcome.facts,
+        **_trained_before(earlier),
         **accuracy,
     }
     # nn.Module would take no notice of a plain attribute, and deepcopy and fine-tuning carry it along.
@@ -125,6 +134,9 @@ def plan_only(
     *,
     data: Data | None = None,
     train: Data | None = None,
+    class_map: ClassMap | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
     source: str = "",
@@ -134,8 +146,14 @@ def plan_only(
 ) -> ViTShape:
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, train, device, seed, preprocessing, progress)
-    task = replace(task, on_event=on_event)
+    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = replace(
+        task,
+        train=_open_train(train, method, preprocessing, task.shape, class_map),
+        folder=Path(folder) if folder else None,
+        resume=resume,
+        on_event=on_event,
+    )
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
 
@@ -154,7 +172,6 @@ def _prepare(
     method: Method,
     budget: Budget,
     data: Data | None,
-    train: Data | None,
     device: str | torch.device | None,
     seed: int,
     preprocessing: Preprocessing,
@@ -175,9 +192,8 @@ def _prepare(
             "have none.",
             "Put them in class folders, or choose settings that need no labels.",
         )
-    training = _open_train(train, method, preprocessing, shape)
-    if training is not None and next(model.parameters()).dtype != torch.float32:
-        raise UsageError("Weights are trained in float32.", "Convert the model with .float().")
+    if method.changes_weights_by_training:
+        require_float32(model)
     home = next(model.parameters()).device
     target = torch.device(device) if device is not None else home
     # The caller's model is never moved: work on another device happens on a copy.
@@ -192,12 +208,15 @@ def _prepare(
         stopwatch=lambda models: _stopwatch(models, target),
         seed=seed,
         progress=progress or (lambda done, total: None),
-        train=training,
     )
 
 
 def _open_train(
-    train: Data | None, method: Method, preprocessing: Preprocessing, shape: ViTShape
+    train: Data | None,
+    method: Method,
+    preprocessing: Preprocessing,
+    shape: ViTShape,
+    class_map: ClassMap | None,
 ) -> ImageSet | None:
     config = method.trains
     if config is None:
@@ -215,18 +234,24 @@ def _open_train(
         train,
         Augmentation.of(preprocessing, config),
         num_classes=shape.num_classes or None,
+        class_map=class_map,
         labels_needed=config.needs_labels,
         split="train",
     )
 
 
 def _open_test(
-    evaluate: Data | None, preprocessing: Preprocessing, shape: ViTShape
+    evaluate: Data | None,
+    preprocessing: Preprocessing,
+    shape: ViTShape,
+    class_map: ClassMap | None,
 ) -> ImageSet | None:
     if evaluate is None:
         return None
     classes = shape.num_classes or None
-    return open_images(evaluate, preprocessing, num_classes=classes, labels_needed=True)
+    return open_images(
+        evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
+    )
 
 
 def _stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
@@ -268,6 +293,12 @@ def _accuracies(dense: nn.Module, small: nn.Module, test: ImageSet | None) -> di
         "evaluated_on": test.source,
         "evaluated_list_hash": test.list_hash,
     }
+
+
+def _trained_before(earlier: Provenance | None) -> dict[str, Any]:
+    """A training of the model that is compressed now."""
+    found = (earlier.record if earlier else {}).get("training")
+    return {"trained_before": found} if found else {}
 
 
 def _describe(images: ImageSet | None) -> dict[str, Any]:

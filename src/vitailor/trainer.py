@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from .benchmarking import conditions
-from .data import ClassMap, Data, open_images
+from .data import ClassMap, Data, ImageSet, open_images
 from .errors import VitailorError
 from .hosts import shape_of
 from .models import open_model
@@ -56,7 +58,8 @@ def train(
         resume: go on from "last.pt" there, if there is one, exactly as if nothing had been interrupted.
         images: train on so many of the images, drawn by seed.
         class_map: class index of each class folder.
-        device: "cpu" stays on the CPU where there is a GPU.
+        device: where to train; by default a GPU where there is one. Under a launcher each process has
+            its own.
         preprocessing: of image files; the model's own by default.
         on_event: told after each update and each epoch, in the first process.
 
@@ -89,6 +92,8 @@ def train(
         test = open_images(
             val, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
         )
+    if teacher is not None:
+        teacher = _on_images_of(teacher, model, preprocessing)
     student = copy.deepcopy(model)
     result = fit(
         student,
@@ -100,7 +105,7 @@ def train(
         resume=resume,
         on_event=on_event,
         identity={"model": weights_hash(model)},
-        cpu=device is not None and torch.device(device).type == "cpu",
+        device=None if device is None else torch.device(device),
     )
     known = provenance_of(model) or Provenance(shape=shape)
     # Accuracies that were measured before are not those of the trained model.
@@ -108,7 +113,7 @@ def train(
     if test is not None and result.top1:
         record |= {"top1": {"after": result.top1[-1]}, "images": len(test)}
         record |= {"evaluated_on": test.source, "evaluated_list_hash": test.list_hash}
-    facts = _facts(config, result, found.source, len(found), found.list_hash)
+    facts = _facts(config, result, found, device)
     cast(Any, student).vitailor = revise(
         known,
         record={**record, "training": facts},
@@ -127,6 +132,8 @@ def default_teacher(model: nn.Module) -> nn.Module | None:
     if known is None or not known.steps:
         return None
     first = known.steps[0]
+    if not _is_at_hand(first.source):
+        return None
     try:
         teacher = open_model(first.source).model
     except (VitailorError, OSError):
@@ -134,17 +141,76 @@ def default_teacher(model: nn.Module) -> nn.Module | None:
     return teacher if weights_hash(teacher) == first.weights_hash else None
 
 
+def _is_at_hand(source: str) -> bool:
+    """Whether a model can be opened without a download."""
+    if "=" in source or Path(source).exists():
+        return True
+    if not timm.is_model(source):
+        return False
+    repository = getattr(timm.get_pretrained_cfg(source), "hf_hub_id", None)
+    if not repository:
+        return False
+    files = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+
+
+class Renormalised(nn.Module):
+    """A teacher that is given images with another mean and standard deviation than it wants."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, teacher: nn.Module, given: Preprocessing, wanted: Preprocessing) -> None:
+        super().__init__()
+        self.teacher, self.num_classes = teacher, getattr(teacher, "num_classes", None)
+        scale = [a / b for a, b in zip(given.std, wanted.std, strict=True)]
+        ends = zip(given.mean, wanted.mean, wanted.std, strict=True)
+        shift = [(a - b) / s for a, b, s in ends]
+        self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1))
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.teacher(x * self.scale + self.shift))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        host = cast(Any, self.teacher)
+        return cast(torch.Tensor, host.forward_features(x * self.scale + self.shift))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return cast(torch.Tensor, cast(Any, self.teacher).forward_head(x, pre_logits=pre_logits))
+
+
+def _on_images_of(teacher: nn.Module, model: nn.Module, given: Preprocessing) -> nn.Module:
+    """The teacher, taking images as the model takes them, where their own means differ.
+
+    Where the caller has chosen another preprocessing than the model's own, it is for the teacher too.
+    """
+    try:
+        ours, theirs = resolve_preprocessing(model), resolve_preprocessing(teacher)
+    except (VitailorError, AttributeError, TypeError):
+        return teacher
+    same = (ours.mean, ours.std) == (theirs.mean, theirs.std)
+    if same or (given.mean, given.std) != (ours.mean, ours.std):
+        return teacher
+    return Renormalised(teacher, given, theirs)
+
+
 def _facts(
-    config: TrainConfig, result: TrainResult, source: str, images: int, list_hash: str
+    config: TrainConfig,
+    result: TrainResult,
+    images: ImageSet,
+    device: str | torch.device | None,
 ) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
         "settings": config.model_dump(mode="json"),
-        "source": source,
-        "images": images,
-        "list_hash": list_hash,
+        "source": images.source,
+        "images": len(images),
+        "list_hash": images.list_hash,
         "epochs": result.epochs,
         "losses": list(result.losses),
         "top1": list(result.top1),
         "images_per_s": round(result.images_per_s, 2),
-        "conditions": conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()},
+        "conditions": conditions(torch.device("cuda" if on_gpu else "cpu"))
+        | {"threads": torch.get_num_threads()},
     }

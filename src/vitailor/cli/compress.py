@@ -123,7 +123,11 @@ def compress(
     resume: o.Resume = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the plan and its cost; write nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Print the plan and its cost; write nothing. vtp trains its gates for that, unless the output "
+            "folder holds them.",
+        ),
     ] = False,
     overwrite: o.Overwrite = False,
     weights: o.Weights = None,
@@ -163,20 +167,23 @@ def compress(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit
+    from .console import emit, is_first_process
 
     fields, sets = s.read_config(config), s.parse_sets(settings or [])
     if stage is not None:
         fields["stage"] = stage
-        resume = resume or stage != "sparse"
     if output is None and not dry_run:
         raise UsageError("There is no folder to write to.", "Name one with -o, or pass --dry-run.")
-    if output is not None and not dry_run and setup.is_first_process():
-        setup.check_folder(output, overwrite or resume)
+    begun = output is not None and (output / setup.CHECKPOINTS).is_dir()
+    resume = resume or (stage not in (None, "sparse") and begun)
+    if output is not None and not dry_run and is_first_process():
+        setup.check_folder(output, overwrite or (resume and begun))
     if images is not None and images < 1:
         raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
-    if class_map is not None and evaluate is None:
-        raise UsageError("--class-map goes with --evaluate.", "Leave it out, or pass --evaluate.")
+    if class_map is not None and evaluate is None and train is None:
+        raise UsageError(
+            "--class-map goes with --evaluate or --train.", "Leave it out, or pass one of them."
+        )
     setup.check_file("--class-map", class_map)
     for data in (calibrate, evaluate, train):
         if data is not None:
@@ -194,7 +201,7 @@ def compress(
         "precision": precision,
         "checkpoint_every": checkpoint_every,
     }
-    made = make_method(method, fields, sets, given, train)
+    made = make_method(method, fields, sets, given, train, resume)
     if calibrate is None and made.needs_images:
         raise UsageError(f"{method} needs images.", "Name some with --calibrate.")
 
@@ -223,23 +230,24 @@ def compress(
     common: dict[str, Any] = {
         "data": open_calibration(calibrate, preprocessing, images, seed) if calibrate else None,
         "train": train,
+        "class_map": class_map,
         "device": where,
         "seed": seed,
         "source": opened.source,
         "preprocessing": preprocessing,
     }
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
+    if made.trains is not None and output is not None and (begun or not dry_run):
+        common |= {"folder": output / setup.CHECKPOINTS, "resume": resume or dry_run}
     if output is None or dry_run:
         with watching(made, "planning") as told:
             shape = plan_only(opened.model, made, budget, **told, **common)
         payload |= _before_and_after(dense, shape) | {"plan": inspect(shape)}
         emit(payload, json, lambda out: _draw_plan(out, dense, shape))
         return
-    if made.trains is not None:
-        common |= {"folder": output / setup.CHECKPOINTS, "resume": resume}
     with watching(made, "compressing") as told:
         small = cut(opened.model, made, budget, evaluate=test, **told, **common)
-    if not setup.is_first_process():
+    if not is_first_process():
         return
     save(small, output, overwrite=overwrite or made.trains is not None)
     known = provenance_of(small)
@@ -257,6 +265,7 @@ def make_method(
     sets: dict[str, str],
     training: dict[str, Any],
     train: str | None,
+    resume: bool,
 ) -> Method:
     """The method with its settings, those of training from the options of their own.
 
@@ -278,6 +287,8 @@ def make_method(
     made = s.make_config(name, kind, fields, sets)
     if made.trains is not None and train is None:
         raise UsageError(f"{name} needs training images.", "Name some with --train.")
+    if made.trains is None and resume:
+        raise UsageError(f"{name} has nothing to resume.", "Leave --resume out.")
     return made
 
 

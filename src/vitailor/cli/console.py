@@ -25,6 +25,11 @@ Progress = Callable[[int, int], None]
 _results: list[TextIO] = []
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 # -- results -------------------------------------------------------------------------------------
 
 
@@ -91,7 +96,11 @@ def progress(what: str) -> Iterator[Progress | None]:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[str, Event], None]]:
-    """Tells how training goes: a bar on stderr when it is a terminal, else a line for each epoch."""
+    """Tells how training goes: a bar on stderr when it is a terminal, else a line for each epoch. Of several
+    processes only the first is told anything."""
+    if not is_first_process():
+        yield lambda stage, event: None
+        return
     if not sys.stderr.isatty():
         yield _tell_epoch
         return
@@ -175,7 +184,7 @@ def complain(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     told = False
-    if as_json:
+    if as_json and is_first_process():
         payload = {"error": {"type": kind, "message": message, "fix": fix}}
         with suppress(OSError):  # stdout itself may be what fails
             emit(payload, True, lambda _: None)

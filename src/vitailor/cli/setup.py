@@ -54,11 +54,6 @@ def check_folder(path: Path, overwrite: bool) -> None:
 CHECKPOINTS = "checkpoints"
 
 
-def is_first_process() -> bool:
-    """Whether this is the only process, or the first that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def check_output_file(path: Path, overwrite: bool) -> None:
     """Refuse an output file that cannot be written or exists.
 

@@ -58,8 +58,8 @@ def train(
         typer.Option(
             "--distill",
             metavar="KIND",
-            help="What to learn from the teacher: soft, hard or feature; without labels unless "
-            "--set alpha=0.5 or the like. Given --teacher, or unlabeled images: soft.",
+            help="What to learn from the teacher: soft, hard or feature, without labels unless "
+            "--set alpha=0.5 or the like; or none. Soft where there is a teacher.",
         ),
     ] = None,
     epochs: o.Epochs = None,
@@ -102,7 +102,7 @@ def train(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, training_progress
+    from .console import emit, is_first_process, training_progress
 
     fields, sets = s.read_config(config), s.parse_sets(settings or [])
     given = {
@@ -113,11 +113,12 @@ def train(
         "checkpoint_every": checkpoint_every,
         "workers": workers,
         "tracker": tracker,
-        "distill": distill,
+        "distill": None if distill == "none" else distill,
     }
     fields |= {"seed": seed} | {name: value for name, value in given.items() if value is not None}
-    if setup.is_first_process():
-        setup.check_folder(output, overwrite or resume)
+    if is_first_process():
+        begun = (output / setup.CHECKPOINTS).is_dir()
+        setup.check_folder(output, overwrite or (resume and begun))
     for folder in (data, val):
         if folder is not None:
             setup.check_data(folder)
@@ -135,7 +136,7 @@ def train(
     from ..trainer import train as fine_tune
 
     opened = setup.open_model(model, weights, num_classes)
-    made, other = with_teacher(opened.model, made, teacher, data)
+    made, other = with_teacher(opened.model, made, teacher, data, wanted=distill != "none")
     with training_progress() as tell:
         trained = fine_tune(
             opened.model,
@@ -151,7 +152,7 @@ def train(
             preprocessing=resolve_preprocessing(opened.model, **transform),
             on_event=lambda event: tell("training", event),
         )
-    if not setup.is_first_process():
+    if not is_first_process():
         return
     save(trained, output, overwrite=True)
     known = provenance_of(trained)
@@ -167,29 +168,31 @@ def train(
 
 
 def with_teacher(
-    model: nn.Module, config: TrainConfig, name: str | None, data: str
+    model: nn.Module, config: TrainConfig, name: str | None, data: str, wanted: bool
 ) -> tuple[TrainConfig, nn.Module | None]:
-    """The teacher that is named or at hand, and the settings with what is learned from it.
+    """The teacher that is named, or the dense model where it is at hand, and the settings with what is
+    learned from it.
 
     Raises:
-        UsageError: when one is needed and there is none.
+        UsageError: when one is needed and there is none, or named and not wanted.
     """
     from ..data.folders import list_images
     from ..data.timm_datasets import PREFIXES
     from ..trainer import default_teacher
     from . import setup
 
+    if name is not None and not wanted:
+        raise UsageError("--teacher does not go with --distill none.", "Leave one of them out.")
     if name is not None:
         return _distilling(config), setup.open_model(name, None, None).model
+    found = default_teacher(model) if wanted else None
+    if found is not None:
+        return _distilling(config), found
     named = data.partition(":")[0] == "digits" or data.startswith(PREFIXES)
-    unlabeled = not named and not list_images(Path(data))[1]
-    if config.distill is None and not unlabeled:
-        return config, None
-    found = default_teacher(model)
-    if found is None:
+    if config.distill is not None or (not named and not list_images(Path(data))[1]):
         why = f"{data} has no labels" if config.distill is None else f"distill '{config.distill}'"
         raise UsageError(f"{why}, so a teacher is needed.", "Name one with --teacher.")
-    return _distilling(config), found
+    return config, None
 
 
 def _distilling(config: TrainConfig) -> TrainConfig:

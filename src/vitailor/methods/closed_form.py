@@ -103,6 +103,10 @@ class ClosedForm(Method):
     def needs_labels(self) -> bool:
         return self.criterion == "taylor" and self.taylor_labels == "given"
 
+    @property
+    def changes_weights_by_training(self) -> bool:
+        return self.refine > 0
+
     def check(self, shape: ViTShape, budget: Budget) -> None:
         dimensions = set(self._dimensions(shape))
         if not dimensions:
@@ -157,8 +161,7 @@ class ClosedForm(Method):
         )
         if task.data is None:
             raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
-        on_cpu = task.device.type == "cpu"
-        losses = fit(small, config, task.data, teacher=task.model, cpu=on_cpu).losses
+        losses = fit(small, config, task.data, teacher=task.model, device=task.device).losses
         return {"epochs": self.refine, "first_loss": losses[0], "last_loss": losses[-1]}
 
     def _prepare(self, task: Task) -> _Prepared:

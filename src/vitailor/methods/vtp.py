@@ -12,6 +12,8 @@ but what it removes; `harden` sets them to 1 instead, as the paper does.
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -133,7 +135,7 @@ class VTP(Method):
                 resume=task.resume,
                 identity=start,
                 on_event=_told(task, "fine-tuning"),
-                cpu=task.device.type == "cpu",
+                device=task.device,
             )
             facts |= {"finetune": {"losses": found.losses, "images_per_s": found.images_per_s}}
         return Outcome(small, plan, facts)
@@ -162,9 +164,13 @@ class VTP(Method):
             penalty=None if self.proximal else lambda model: self.l1 * l1(model),
             after_update=(lambda model, lr: shrink(model, lr * self.l1)) if self.proximal else None,
             observe=lambda model: self._observe(task, model),
-            identity={"model": weights_hash(task.model), "l1": f"{self.l1}, {self.proximal}"},
+            identity={
+                "model": weights_hash(task.model),
+                "placement": self.placement,
+                "l1": f"{self.l1}, {self.proximal}",
+            },
             on_event=_told(task, "sparse training"),
-            cpu=task.device.type == "cpu",
+            device=task.device,
         )
         return gated
 
@@ -191,7 +197,34 @@ class VTP(Method):
         layers = self._layers(scores)
         target = self._target(task, gated, scores, layers)
         facts = {"kept": _shares(target, layers), **self._gate_facts(gated)}
-        return plan_for(task.shape, target, [s.order() for s in scores]), facts
+        plan = plan_for(task.shape, target, [s.order() for s in scores])
+        if task.budget.metric not in ("macs", "params"):
+            return self._agreed(task, plan, gated), facts
+        spent, limit = cost(target, task.budget.metric), task.budget.limit(task.shape)
+        if spent > limit:
+            raise BudgetError(
+                f"A rate of {self.rate} leaves {spent:,} {task.budget.metric}, over the budget of "
+                f"{limit:,}.",
+                "Prune more, or leave the rate out.",
+            )
+        return plan, facts
+
+    def _agreed(self, task: Task, plan: Plan, gated: nn.Module) -> Plan:
+        """The plan that was first made for these gates: latencies come out otherwise every time, and in
+        every process."""
+        key = f"{weights_hash(gated)} {task.budget} {self.model_dump_json(exclude={'stage'})}"
+        file = task.folder / "plan.json" if task.folder is not None else None
+        if task.resume and file is not None and file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["key"] == key:
+                plan = Plan.from_json(known["plan"])
+        plans = [plan.to_json()]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(plans, src=0)
+        if file is not None and os.environ.get("RANK", "0") == "0":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"key": key, "plan": plans[0]}), encoding="utf-8")
+        return Plan.from_json(plans[0])
 
     def _target(
         self, task: Task, gated: nn.Module, scores: Sequence[Importance], layers: Sequence[Layer]

@@ -5,5 +5,6 @@ from __future__ import annotations
 from .config import TrainConfig
 from .images import Augmentation
 from .loop import Event, TrainResult, fit
+from .prepare import require_float32
 
-__all__ = ["Augmentation", "Event", "TrainConfig", "TrainResult", "fit"]
+__all__ = ["Augmentation", "Event", "TrainConfig", "TrainResult", "fit", "require_float32"]

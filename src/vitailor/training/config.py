@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from timm.optim import list_optimizers
 
 from ..errors import UsageError
 from ..shape import describe_validation_error
@@ -22,13 +24,15 @@ class TrainConfig(BaseModel):
         lr: learning rate of the weights, as given: it is not scaled by the batch size.
         gate_lr: that of importance gates; None means `lr`. Gates have no weight decay.
         weight_decay: of matrices; biases and norms have none.
-        optimizer, schedule: names that timm knows. The schedule moves at every update.
+        optimizer: a name that timm knows.
+        schedule: of timm; it moves at every update, "step" by a tenth at each third of the epochs.
         warmup_epochs, min_lr: of the schedule.
         clip_grad: largest norm of the gradient; None for no limit.
         accumulate: forward passes for each update, for batches that do not fit in memory.
         precision: of the forward pass; weights stay in float32.
         label_smoothing, mixup, cutmix: of the task loss.
-        scale: range of the area that a random crop takes; None crops as in evaluation.
+        scale: range of the area that a random crop takes; None crops as in evaluation, or with
+            RandAugment or erasing the middle of the image.
         hflip: probability that an image, of any source, is flipped left to right.
         rand_augment, random_erasing: timm's RandAugment string, and a probability; of image files.
         ema: decay of an exponential moving average of the weights, which is then what is validated and
@@ -51,7 +55,7 @@ class TrainConfig(BaseModel):
     gate_lr: Annotated[float, Field(gt=0)] | None = None
     weight_decay: NonNegative = 0.05
     optimizer: str = "adamw"
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "tanh", "step"] = "cosine"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     min_lr: NonNegative = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
@@ -71,7 +75,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     tracker: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -88,6 +92,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
+        if self.optimizer not in list_optimizers():
+            raise ValueError(f"optimizer '{self.optimizer}' is unknown to timm")
+        if self.tracker is not None and self.tracker not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"tracker '{self.tracker}' is unknown to Accelerate: {known}")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError("scale must be two rising fractions in (0, 1]")
         return self

@@ -7,21 +7,18 @@ for bit.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -35,9 +32,17 @@ from ..provenance import weights_hash
 from . import checkpoints
 from . import teacher as teacher_outputs
 from .config import TrainConfig
-from .images import batches, reseed
+from .images import Seeded, batches, reseed
 from .losses import Outputs, total_loss
-from .teacher import lookup, remember, worth_remembering
+from .prepare import (
+    accelerator_for,
+    check,
+    frozen,
+    generators_as_before,
+    on_device,
+    parameter_groups,
+)
+from .teacher import lookup, probe, remember, worth_remembering
 
 #: Adds to the loss from the model alone, e.g. an L1 norm of gates.
 Penalty = Callable[[nn.Module], Tensor]
@@ -106,7 +111,7 @@ def fit(
     observe: Observe | None = None,
     on_event: Callable[[Event], None] | None = None,
     identity: Mapping[str, str] | None = None,
-    cpu: bool = False,
+    device: torch.device | None = None,
 ) -> TrainResult:
     """Train a model in place.
 
@@ -126,43 +131,40 @@ def fit(
         on_event: told about progress, in the first process only.
         identity: what else must be as it was for a training to be resumed, e.g. a hash of the weights
             that it began with.
-        cpu: stay on the CPU even where there is an accelerator.
+        device: where to train, for a process that is alone; by default an accelerator where there is one.
 
     Raises:
         UsageError, DataError: before training, for what cannot work.
         TrainingError: when the loss is not finite; weights in checkpoints are from before.
     """
-    _check(model, config, images, teacher)
+    check(model, config, images, teacher)
     home = next(model.parameters()).device
-    # Accelerate remembers the precision of a process's first training and refuses another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        # Without an accelerator Accelerate has to be told: its processes would else not find each other.
-        cpu=cpu or not torch.accelerator.is_available(),
-        mixed_precision=config.precision,
-        log_with=config.tracker,
-        project_dir=folder if config.tracker else None,
-    )
-    processes = accelerator.num_processes
-    if config.batch_size % (config.accumulate * processes):
-        raise UsageError(
-            f"batch_size {config.batch_size} cannot be shared out over {processes} processes with "
-            f"accumulate {config.accumulate}.",
-            "Make it a multiple of both.",
-        )
-    same = checkpoints.settings(config) | {"images": images.list_hash} | dict(identity or {})
-    if teacher is not None and config.distill is not None:
-        same["teacher"] = weights_hash(teacher)
-    state = (
-        checkpoints.load(folder, checkpoints.LAST, same, processes) if folder and resume else None
-    )
-    with _generators_as_before():
+    with on_device(device), generators_as_before():
+        accelerator = accelerator_for(config, device, folder)
+        same = _identity(config, images, val, teacher) | dict(identity or {})
+        state = None
+        if folder is not None and resume:
+            state = checkpoints.load(folder, checkpoints.LAST, same, accelerator.num_processes)
         run = _Run(model, config, images, teacher, accelerator, penalty, after_update)
         run.val, run.folder, run.identity = val, folder, same
         run.observe, run.on_event = observe, on_event
         result = run.train(state)
     model.to(home).eval()
     return result
+
+
+def _identity(
+    config: TrainConfig, images: ImageSet, val: ImageSet | None, teacher: nn.Module | None
+) -> dict[str, Any]:
+    """What must be the same for a training to be resumed."""
+    # The first image as training sees it tells of preprocessing, and of tensors that have no names.
+    first = Seeded(images, config.seed, config.hflip)[0, 0][0].float().contiguous()
+    return checkpoints.settings(config) | {
+        "images": images.list_hash,
+        "first image": sha256(first.numpy().tobytes()).hexdigest(),
+        "val": val.list_hash if val is not None else None,
+        "teacher": weights_hash(teacher) if teacher is not None and config.distill else None,
+    }
 
 
 class _Run:
@@ -189,14 +191,16 @@ class _Run:
         features = config.distill == "feature"
         model.to(accelerator.device)
         optimizer = create_optimizer_v2(
-            _groups(model, config), opt=config.optimizer, lr=config.lr, weight_decay=0.0
+            parameter_groups(model, config), opt=config.optimizer, lr=config.lr, weight_decay=0.0
         )
         self.updates = -(-len(images) // config.batch_size)
         self.scheduler = create_scheduler_v2(
             optimizer,
             sched=config.schedule,
             num_epochs=config.epochs,
+            decay_epochs=max(1, config.epochs // 3),
             warmup_epochs=config.warmup_epochs,
+            warmup_lr=0.0,
             min_lr=config.min_lr,
             step_on_epochs=False,
             updates_per_epoch=self.updates,
@@ -206,7 +210,7 @@ class _Run:
         self.remembered: Tensor | None = None
         if config.distill is not None and teacher is not None:
             # A view of the caller's teacher: neither its mode nor its device may change.
-            self.teacher = Outputs(_frozen(teacher, accelerator.device), features)
+            self.teacher = Outputs(frozen(teacher, accelerator.device), features)
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
         self.mixup = None
         if config.mixes:
@@ -224,7 +228,8 @@ class _Run:
 
     def train(self, state: dict[str, Any] | None) -> TrainResult:
         if self.config.tracker:
-            self.accelerator.init_trackers("vitailor", config=dict(self.identity))
+            facts = {name: str(value) for name, value in self.identity.items()}
+            self.accelerator.init_trackers("vitailor", config=facts)
         begin, update, total = self._restore(state)
         if begin < self.config.epochs:
             self._consult()
@@ -255,15 +260,19 @@ class _Run:
         self.losses.append(total / self.updates)
         judged = self.ema.module if self.ema is not None else self.model
         if self.val is not None:
-            self.top1.append(evaluate(judged, self.val).top1)
+            self.top1.append(evaluate(judged, self.val, workers=self.config.workers).top1)
         observed = self.observe(judged) if self.observe is not None else {}
         top1 = self.top1[-1] if self.val is not None else None
-        if top1 is not None or observed:
+        told = observed | ({} if top1 is None else {"top1": top1})
+        if told:
             self._tell(epoch, self.updates, self.losses[-1], top1, observed)
+        if told and self.config.tracker:
+            self.accelerator.log(told, step=(epoch + 1) * self.updates)
         scores = self.top1 or [-loss for loss in self.losses]
-        self._save(checkpoints.LAST, epoch + 1, 0, 0.0)
+        # The last one last: whoever resumes from it finds the best one done.
         if scores[-1] == max(scores):
             self._save(checkpoints.BEST, epoch + 1, 0, 0.0)
+        self._save(checkpoints.LAST, epoch + 1, 0, 0.0)
 
     def _update(self, epoch: int, update: int, found: Iterator[Any]) -> float:
         """One step of the optimiser; returns the loss over the whole global batch."""
@@ -282,13 +291,11 @@ class _Run:
                 accelerator.backward(loss / config.accumulate)
         mean: Tensor = accelerator.reduce(torch.stack(parts).mean(), reduction="mean")
         value = float(mean)
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss is {value} at epoch {epoch + 1}, update {update + 1} of {self.updates}.",
-                f"{self._last_good()} Lower the learning rate, or clip gradients.",
-            )
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self._require_finite("loss", value, epoch, update)
+        limit = math.inf if config.clip_grad is None else config.clip_grad
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        if accelerator.scaler is None and norm is not None:  # which skips such updates by itself
+            self._require_finite("gradient's norm", float(norm), epoch, update)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.after_update is not None:
@@ -299,7 +306,16 @@ class _Run:
             accelerator.log({"loss": value, "lr": self._lr()}, step=step)
         return value
 
+    def _require_finite(self, what: str, value: float, epoch: int, update: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The {what} is {value} at epoch {epoch + 1}, update {update + 1} of {self.updates}.",
+                f"{self._last_good()} Lower the learning rate, or clip gradients.",
+            )
+
     def _loss(self, x: Tensor, labels: Tensor, views: Tensor) -> Tensor:
+        if not self.config.needs_labels:
+            labels = labels.clamp_min(0)  # none there, and none read; but Mixup wants numbers
         if self.mixup is not None:
             x, labels = self.mixup(x, labels)
         truth = None
@@ -312,24 +328,49 @@ class _Run:
         return loss if self.penalty is None else loss + self.penalty(self.model)
 
     def _consult(self) -> None:
-        """Have the teacher look at all images beforehand, where that saves work."""
+        """See that the teacher fits, and have it look at all images beforehand where that saves work."""
         if self.teacher is None:
             return
-        with torch.no_grad():
-            found = self.teacher(self.images[0][0].unsqueeze(0).to(self.accelerator.device))
-        size = found[0 if self.config.distill == "feature" else 1].shape[1]
-        if not worth_remembering(self.config, self.images, size):
+        width = self._common_width(self.teacher)
+        seen = (
+            probe(self.images) if worth_remembering(self.config, len(self.images), width) else None
+        )
+        if seen is None:
             return
         about = ("teacher", "images", "distill", "hflip", "precision")
-        key = json.dumps({name: self.identity[name] for name in about})
+        key = json.dumps({name: self.identity[name] for name in about} | {"seen": seen})
         table = teacher_outputs.load(self.folder, key) if self.folder is not None else None
-        if table is None:
+        have = torch.tensor(float(table is not None), device=self.accelerator.device)
+        everywhere: Tensor = self.accelerator.reduce(have, reduction="sum")
+        if table is None or int(everywhere) < self.accelerator.num_processes:
             table = remember(
                 self.teacher, self.images, self.config, self.accelerator, self._tell_consulting
             )
             if self.folder is not None and self.accelerator.is_main_process:
                 teacher_outputs.save(self.folder, key, table)
         self.remembered = table.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _common_width(self, teacher: Outputs) -> int:
+        """How many numbers student and teacher give for an image, of the kind that is learned."""
+        x = self.images[0][0].unsqueeze(0).to(self.accelerator.device)
+        self.model.eval()
+        kind = 0 if self.config.distill == "feature" else 1
+        ours = int(Outputs(self.model, teacher.features)(x)[kind].shape[1])
+        try:
+            theirs = int(teacher(x)[kind].shape[1])
+        except (AssertionError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"The teacher cannot take images of {tuple(x.shape[2:])} pixels: {reason}",
+                "Take a teacher of the model's input size.",
+            ) from error
+        if ours != theirs:
+            raise UsageError(
+                f"The teacher gives {theirs} features and the model {ours}.",
+                "Learn its class distribution instead (distill=soft).",
+            )
+        return ours
 
     # -- progress --------------------------------------------------------------------------------
 
@@ -382,6 +423,8 @@ class _Run:
             "epoch": epoch,
             "update": update,
             "total": total,
+            "seen": self.seen,
+            "seconds": self.seconds,
             "losses": self.losses,
             "top1": self.top1,
             "model": self.model.state_dict(),
@@ -393,6 +436,13 @@ class _Run:
 
     def _restore(self, state: dict[str, Any] | None) -> tuple[int, int, float]:
         """Epoch and update to go on with, and the sum of that epoch's losses so far."""
+        place = (-1, 0) if state is None else (state["epoch"], state["update"])
+        mine = torch.tensor([place], device=self.accelerator.device)
+        if (self.accelerator.gather(mine) != mine).any():
+            raise UsageError(
+                "Processes found different checkpoints.",
+                "Train into a folder that all of them see.",
+            )
         if state is None:
             return 0, 0, 0.0
         self.model.load_state_dict(state["model"])
@@ -402,6 +452,7 @@ class _Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.losses, self.top1 = list(state["losses"]), list(state["top1"])
+        self.seen, self.seconds = state["seen"], state["seconds"]
         return state["epoch"], state["update"], state["total"]
 
     def _last_good(self) -> str:
@@ -409,70 +460,3 @@ class _Run:
         if path is None or not path.exists():
             return "There is no checkpoint yet."
         return f"The last good checkpoint is {path}."
-
-
-def _check(
-    model: nn.Module, config: TrainConfig, images: ImageSet, teacher: nn.Module | None
-) -> None:
-    if config.needs_labels and not images.labeled:
-        raise UsageError(
-            f"{images.source} has no labels, which this training needs.",
-            "Sort the images into class folders, or distil with alpha 1.",
-        )
-    if config.distill is not None and teacher is None:
-        raise UsageError(
-            f"distill '{config.distill}' needs a teacher.", "Pass teacher=, or --teacher."
-        )
-    ours, theirs = (getattr(m, "num_classes", None) for m in (model, teacher))
-    if teacher is not None and config.distill in ("soft", "hard") and ours != theirs:
-        raise UsageError(
-            f"The teacher has {theirs} classes and the model {ours}.",
-            "Take a teacher of the same classes, or learn its features (distill=feature).",
-        )
-    if config.mixes and config.batch_size // config.accumulate % 2:
-        raise UsageError("Mixup and CutMix need an even number of images.", "Change batch_size.")
-    if next(model.parameters()).dtype != torch.float32:
-        raise UsageError(
-            "Weights are trained in float32.", "Convert the model, and set precision for speed."
-        )
-
-
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not, and gates have their own learning rate; gates come last."""
-    found: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
-    skip: set[str] = (
-        cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    )
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.rpartition(".")[2] == "gate":
-            found["gates"].append(parameter)
-        elif parameter.dim() < 2 or name in skip:
-            found["vectors"].append(parameter)
-        else:
-            found["matrices"].append(parameter)
-    gate_lr = config.gate_lr or config.lr
-    groups = [
-        {"params": found["matrices"], "weight_decay": config.weight_decay, "lr": config.lr},
-        {"params": found["vectors"], "weight_decay": 0.0, "lr": config.lr},
-        {"params": found["gates"], "weight_decay": 0.0, "lr": gate_lr},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
-    frozen = copy.deepcopy(teacher).to(device).eval()
-    return frozen.requires_grad_(False)
-
-
-@contextmanager
-def _generators_as_before() -> Iterator[None]:
-    """Every global generator afterwards as it was."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,7 +69,8 @@ def total_loss(
     """(1 - alpha) of the labels' loss and alpha of the teacher's; the labels' alone without a teacher."""
     if teacher is None:
         return task_loss(student[1], labels, config)
-    loss = torch.zeros((), device=student[1].device)
+    # Every parameter takes part, also the head where features are learned: processes wait for all.
+    loss = 0.0 * student[1].float().sum()
     if config.alpha < 1:
         loss = loss + (1 - config.alpha) * task_loss(student[1], labels, config)
     return loss + config.alpha * teacher_loss(student, teacher, config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data import ImageSet
+from ..data import ImageSet, loader
 from .config import TrainConfig
 from .images import Seeded
 from .losses import Outputs
@@ -34,14 +35,22 @@ def views_of(config: TrainConfig) -> tuple[int, ...]:
     return {0.0: (0,), 1.0: (1,)}.get(config.hflip, (0, 1))
 
 
-def worth_remembering(config: TrainConfig, images: ImageSet, width: int) -> bool:
-    """Whether remembered outputs of `width` numbers are right, fit in memory, and save work."""
-    if config.mixes or len(views_of(config)) >= config.epochs:
-        return False
-    if 2 * len(images) * width * 4 > MAX_BYTES:
-        return False
+def worth_remembering(config: TrainConfig, count: int, width: int) -> bool:
+    """Whether remembering `width` numbers for each view of an image fits in memory and saves work."""
+    few = len(views_of(config)) < config.epochs
+    return few and not config.mixes and 2 * count * width * 4 <= MAX_BYTES
+
+
+def probe(images: ImageSet) -> str | None:
+    """A hash of some images as they come, or None where they come out otherwise every time."""
+    seen = sha256()
     once, again = Seeded(images, 1), Seeded(images, 2)
-    return all(torch.equal(once[0, i][0], again[1, i][0]) for i in range(min(PROBES, len(images))))
+    for i in range(min(PROBES, len(images))):
+        first = once[0, i][0]
+        if not torch.equal(first, again[1, i][0]):
+            return None
+        seen.update(first.float().contiguous().numpy().tobytes())
+    return seen.hexdigest()
 
 
 @torch.no_grad()
@@ -58,9 +67,10 @@ def remember(
     """
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     table: Tensor | None = None
-    for first in range(0, len(mine), BATCH):
-        rows = list(mine[first : first + BATCH])
-        x = torch.stack([images[i][0] for i in rows]).to(accelerator.device)
+    done = 0
+    for batch, _ in loader(images.subset(mine), batch_size=BATCH, workers=config.workers):
+        rows, x = list(mine[done : done + len(batch)]), batch.to(accelerator.device)
+        done += len(rows)
         for view in views_of(config):
             with accelerator.autocast():
                 features, logits = teacher(x.flip(-1) if view else x)
@@ -68,7 +78,7 @@ def remember(
             if table is None:
                 table = found.new_zeros(2 * len(images), found.shape[1])
             table[torch.tensor(rows, device=table.device) * 2 + view] = found
-        tell(first + len(rows), len(mine))
+        tell(done, len(mine))
     assert table is not None
     total: Tensor = accelerator.reduce(table, reduction="sum")
     return total
