@@ -22,6 +22,7 @@ from vitailor import artifact, layers, surgery
 from vitailor.errors import PlanError, UnsupportedModelError
 from vitailor.hosts import shape_of
 from vitailor.plan import BlockPlan, Plan
+from vitailor.provenance import weights_hash
 from vitailor.shape import DENSE, Ranks
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -284,7 +285,7 @@ def test_the_input_model_is_untouched(training):
 
     def facts():
         return (
-            artifact.weights_hash(model),
+            weights_hash(model),
             [(n, type(m), id(m), m.training) for n, m in model.named_modules()],
             [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],

@@ -20,7 +20,7 @@ from vitailor import artifact, surgery
 from vitailor.hosts import shape_of
 from vitailor.plan import BlockPlan, Plan
 from vitailor.preprocessing import resolve_preprocessing
-from vitailor.provenance import Provenance, Step
+from vitailor.provenance import Provenance, Step, weights_hash
 from vitailor.shape import FORMAT_VERSION, Ranks
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ def main() -> None:
     model = surgery.apply(dense, PLAN)
     step = Step(
         source="vit_tiny_patch16_224",
-        weights_hash=artifact.weights_hash(dense),
+        weights_hash=weights_hash(dense),
         method="closed-form",
         settings={"criterion": "magnitude"},
         budget="macs 0.6",
