@@ -192,7 +192,7 @@ def _prepare(
             "have none.",
             "Put them in class folders, or choose settings that need no labels.",
         )
-    if method.changes_weights_by_training:
+    if method.trains is not None:
         require_float32(model)
     home = next(model.parameters()).device
     target = torch.device(device) if device is not None else home

@@ -77,7 +77,7 @@ def _draw(out: Console, found: Demo) -> None:
     for name, keep in found.out_of_reach:
         out.print(f"{name}: no plan keeps as little as {keep:g} of the MACs")
     images = dense.images if dense is not None else None
-    out.print(f"n = {images} test images; nothing was trained. Report: {found.report}")
+    out.print(f"n = {images} test images; only vtp trained, for two epochs. Report: {found.report}")
 
 
 def _ends(interval: tuple[float, float] | None) -> str:

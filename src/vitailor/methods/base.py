@@ -133,11 +133,6 @@ class Method(BaseModel):
         """Settings of training on a training set; None for a method that needs none."""
         return None
 
-    @property
-    def changes_weights_by_training(self) -> bool:
-        """Whether a loop of training runs at all, which wants weights in float32."""
-        return self.trains is not None
-
     def check(self, shape: ViTShape, budget: Budget) -> None:
         """Refuse what cannot work before any work starts; nothing to refuse by default."""
         return

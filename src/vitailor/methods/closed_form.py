@@ -18,6 +18,7 @@ import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -103,10 +104,6 @@ class ClosedForm(Method):
     def needs_labels(self) -> bool:
         return self.criterion == "taylor" and self.taylor_labels == "given"
 
-    @property
-    def changes_weights_by_training(self) -> bool:
-        return self.refine > 0
-
     def check(self, shape: ViTShape, budget: Budget) -> None:
         dimensions = set(self._dimensions(shape))
         if not dimensions:
@@ -161,7 +158,13 @@ class ClosedForm(Method):
         )
         if task.data is None:
             raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
-        losses = fit(small, config, task.data, teacher=task.model, device=task.device).losses
+        dtype = next(small.parameters()).dtype
+        teacher = task.model
+        if dtype != torch.float32:  # in which weights are trained
+            small.float()
+            teacher = copy.deepcopy(task.model).float()
+        losses = fit(small, config, task.data, teacher=teacher, device=task.device).losses
+        small.to(dtype)
         return {"epochs": self.refine, "first_loss": losses[0], "last_loss": losses[-1]}
 
     def _prepare(self, task: Task) -> _Prepared:
