@@ -11,13 +11,12 @@ Training and calibration see training images only; validation images are used on
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from training_free import append, outcomes, read, span
 
 import vitailor as vt
 from vitailor.artifact import is_artifact
@@ -120,9 +119,7 @@ class Bench:
             "conditions": conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             | {"threads": torch.get_num_threads()},
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+        append(self.log, facts)
         print(f"{row}: {found.top1:.2f} (n = {found.images})", flush=True)
 
 
@@ -133,12 +130,6 @@ def tell(what: str, event: Event) -> None:
             f"loss {event.loss:.4f} {event.images_per_s:.1f} images/s {event.observed}",
             flush=True,
         )
-
-
-def read(log: Path) -> list[dict]:
-    return (
-        [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    )
 
 
 def page(rows: list[dict]) -> str:
@@ -166,16 +157,10 @@ def page(rows: list[dict]) -> str:
         speed = (facts.get("finetune") or {}).get("images_per_s", speed)
         lines.append(
             f"| {row['row']} | {row['macs'] / 1e6:.0f} | {row['params'] / 1e6:.2f} | "
-            f"{row['top1']:.2f} | {against(row, dense)} | {f'{speed:.0f}' if speed else ''} |"
+            f"{row['top1']:.2f} | {span(*(outcomes(r) for r in (row, dense)))} | {f'{speed:.0f}' if speed else ''} |"
         )
     lines += ["", *where_it_falls(rows)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def against(row: dict, dense: dict) -> str:
-    outcomes = [Outcomes(tuple(c == "1" for c in r["correct"])) for r in (row, dense)]
-    difference, low, high = vt.paired_difference(*outcomes)
-    return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "\N{MINUS SIGN}")
 
 
 def where_it_falls(rows: list[dict]) -> list[str]:
@@ -194,18 +179,6 @@ def where_it_falls(rows: list[dict]) -> list[str]:
         cells = [f"{sum(kept[k]) / len(kept[k]):.3f}" if k in kept else "" for k in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Outcomes of a row, image by image, as `paired_difference` takes them."""
-
-    correct: tuple[bool, ...]
-    list_hash: str = ""
-
-    @property
-    def images(self) -> int:
-        return len(self.correct)
 
 
 def main() -> None:

@@ -214,12 +214,16 @@ class Outcomes:
         return len(self.correct)
 
 
+def outcomes(row: dict) -> Outcomes:
+    return Outcomes(tuple(c == "1" for c in row["correct"]))
+
+
 def on(images_of: dict, row: dict, dense: dict) -> Outcomes:
     """Outcomes of `row` on the images that `images_of` was evaluated on."""
     correct = row["correct"]
     if len(correct) > len(images_of["correct"]):
         correct = [correct[position] for position in dense["few"]]
-    return Outcomes(tuple(c == "1" for c in correct))
+    return outcomes({"correct": correct})
 
 
 def page(rows: list[dict]) -> str:

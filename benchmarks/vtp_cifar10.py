@@ -13,7 +13,6 @@ The images are a JPEG copy of CIFAR-10. Test images are used for the figures alo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tarfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from training_free import append, read
 
 import vitailor as vt
 from vitailor.artifact import is_artifact
@@ -152,9 +152,7 @@ class Bench:
             "conditions": conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             | {"threads": torch.get_num_threads()},
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+        append(self.log, facts)
         self.done.add(key(facts))
         print(f"{row} {placement} seed {seed} rate {rate}: {found.top1:.2f}", flush=True)
 
@@ -181,12 +179,6 @@ def tell(what: str, event: Event) -> None:
             f"loss {event.loss:.4f} {event.images_per_s:.0f} images/s {event.observed}",
             flush=True,
         )
-
-
-def read(log: Path) -> list[dict]:
-    return (
-        [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    )
 
 
 # -- the page ------------------------------------------------------------------------------------

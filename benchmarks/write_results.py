@@ -17,8 +17,8 @@ LOGS = Path("benchmarks/results")
 def main() -> None:
     sections = (
         training_free.page(training_free.read(LOGS / "training_free.jsonl")),
-        fine_tuning.page(fine_tuning.read(LOGS / "fine_tuning.jsonl")),
-        vtp_cifar10.page(vtp_cifar10.read(LOGS / "vtp_cifar10.jsonl")),
+        fine_tuning.page(training_free.read(LOGS / "fine_tuning.jsonl")),
+        vtp_cifar10.page(training_free.read(LOGS / "vtp_cifar10.jsonl")),
     )
     text = "\n".join(["# Results\n", *(section for section in sections if section)])
     Path("docs/results.md").write_text(text, encoding="utf-8")

@@ -755,6 +755,27 @@ def test_compress_with_training(run, artifact, tmp_path, stages):
     assert run(*args, "--resume")[0] == 0
 
 
+def test_a_dry_run_reads_checkpoints_and_writes_nothing(run, artifact, tmp_path):
+    out = tmp_path / "out"
+    args = ["compress", artifact, "--method", "vtp", "--keep", "0.7", "--train", "digits", *TRAIN]
+    args += ["training.hflip=0", "-o", out, "--json"]
+    assert run(*args, "--stage", "sparse")[0] == 0
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    code, text, err = run(*args, "--dry-run")
+    assert code == 0, err
+    assert "epoch" not in err  # gates were not trained again
+    assert json.loads(text)["macs"]["after"] <= 0.7 * json.loads(text)["macs"]["before"]
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*")} == before
+    # Where gates are still to be trained, that leaves nothing behind either.
+    for file in (out / "checkpoints" / "sparse").iterdir():
+        file.unlink()
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
+    code, _, err = run(*args, "--dry-run")
+    assert code == 0, err
+    assert "sparse training epoch 1/1" in err
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*")} == before
+
+
 def test_train(run, artifact, tmp_path, monkeypatch):
     out = tmp_path / "out"
     args = ["train", artifact, "--data", "digits", "--val", "digits", *TRAIN, "hflip=0", "-o", out]

@@ -99,7 +99,7 @@ def test_budgets_are_met_within_one_step_and_never_exceeded(seed, metric, keep, 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_shared_out_ranks_lose_no_more_than_any_others(seed):
-    """Against all combinations, with the last projection's step as the slack that rounding leaves."""
+    """Against all combinations; filling up leaves a slack of less than a hundredth."""
     dense, found = shape_of(build()), spectra(seed, ("fc1", "fc2"))[:2]
     tables = [[*range(1, s.most + 1), None] for s in found]
 
@@ -115,8 +115,7 @@ def test_shared_out_ranks_lose_no_more_than_any_others(seed):
         if cost(with_ranks(dense, found, list(choice)), "params") <= limit
     ]
     best = min(map(lost, fitting))
-    step = max(float(s.energies[0] / s.energies.sum()) for s in found)
-    assert lost(tuple(ours)) <= best + step
+    assert lost(tuple(ours)) <= 1.01 * best
 
 
 # -- the method ----------------------------------------------------------------------------------
@@ -246,7 +245,8 @@ def test_what_cannot_work_is_refused():
             cut(LowRank(**settings), vt.Budget(params=budget), model)
     with pytest.raises(UsageError, match="calibration images"):
         vt.compress(model, LowRank(), vt.Budget(params=0.8))
-    assert shape_of(vt.compress(model, LowRank(activation_aware=False), vt.Budget(params=0.8)))
+    plain = vt.compress(model, LowRank(activation_aware=False), vt.Budget(params=0.8))
+    assert shape_of(plain).params <= 0.8 * shape_of(model).params
     once = cut(LowRank(), vt.Budget(params=0.8), model)
     with pytest.raises(UsageError, match="merge_back"):
         cut(LowRank(), vt.Budget(params=0.8), once)

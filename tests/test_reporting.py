@@ -18,17 +18,8 @@ from vitailor.evaluation import wilson_interval
 from vitailor.hosts import shape_of
 from vitailor.methods import VTP
 from vitailor.plan import BlockPlan, Plan
-from vitailor.reporting import (
-    Accuracies,
-    Run,
-    count,
-    method_label,
-    read_run,
-    report,
-    run_of,
-    signed,
-    write_page,
-)
+from vitailor.reporting import count, report, signed, write_page
+from vitailor.runs import Accuracies, Run, method_label, read_run, run_of
 from vitailor.surgery import apply
 from vitailor.training import TrainConfig
 

@@ -250,7 +250,7 @@ def test_resuming_reads_what_was_remembered(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         fit(cut, config, opened(), teacher=build(seed=3), folder=tmp_path, on_event=interrupt)
     assert (tmp_path / remembering.FILE).exists()
-    monkeypatch.setattr("vitailor.training.loop.remember", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr(remembering, "remember", lambda *a: pytest.fail("asked again"))
     again = build()
     fit(again, config, opened(), teacher=build(seed=3), folder=tmp_path, resume=True)
     assert same_state(again, whole)

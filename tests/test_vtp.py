@@ -192,7 +192,10 @@ def test_a_plan_made_by_the_clock_is_made_once(tmp_path, monkeypatch):
     method = VTP(training=SHORT)
     first = prune(method, budget=budget, folder=tmp_path)
     speed["factor"] = 1.1
-    assert same_state(prune(method, budget=budget, folder=tmp_path, resume=True), first)
+    again = prune(method, budget=budget, folder=tmp_path, resume=True)
+    assert same_state(again, first)
+    kept = [small.vitailor.record["facts"]["kept"] for small in (first, again)]
+    assert kept[0] == kept[1]
     assert shape_of(prune(method, budget=budget)) != shape_of(first)
 
 

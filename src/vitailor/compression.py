@@ -82,13 +82,7 @@ def compress(
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
-    task = replace(
-        task,
-        train=_open_train(train, method, preprocessing, task.shape, class_map),
-        folder=Path(folder) if folder else None,
-        resume=resume,
-        on_event=on_event,
-    )
+    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
     with _undisturbed(seed):
         outcome = method.run(task)
@@ -147,13 +141,7 @@ def plan_only(
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
-    task = replace(
-        task,
-        train=_open_train(train, method, preprocessing, task.shape, class_map),
-        folder=Path(folder) if folder else None,
-        resume=resume,
-        on_event=on_event,
-    )
+    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
 
@@ -211,17 +199,21 @@ def _prepare(
     )
 
 
-def _open_train(
+def _with_training(
+    task: Task,
     train: Data | None,
     method: Method,
     preprocessing: Preprocessing,
-    shape: ViTShape,
     class_map: ClassMap | None,
-) -> ImageSet | None:
+    folder: str | os.PathLike[str] | None,
+    resume: bool,
+    on_event: OnEvent | None,
+) -> Task:
+    """The task with what a method that trains needs; refused for one that does not."""
     config = method.trains
+    if config is None and train is None:
+        return task
     if config is None:
-        if train is None:
-            return None
         raise UsageError(
             f"The method '{method.name}' does not train.",
             "Train its result afterwards (vitailor.train), or leave the training images out.",
@@ -230,14 +222,16 @@ def _open_train(
         raise UsageError(
             f"The method '{method.name}' needs training images.", "Pass train=, or --train."
         )
-    return open_images(
+    images = open_images(
         train,
         Augmentation.of(preprocessing, config),
-        num_classes=shape.num_classes or None,
+        num_classes=task.shape.num_classes or None,
         class_map=class_map,
         labels_needed=config.needs_labels,
         split="train",
     )
+    place = None if folder is None else Path(folder)
+    return replace(task, train=images, folder=place, resume=resume, on_event=on_event)
 
 
 def _open_test(

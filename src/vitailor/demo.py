@@ -22,7 +22,8 @@ from .data import open_images
 from .errors import BudgetError
 from .methods import METHODS, VTP, ClosedForm, Method
 from .preprocessing import Preprocessing
-from .reporting import Run, read_run, write_page
+from .reporting import write_page
+from .runs import Run, read_run
 from .training import TrainConfig
 
 #: Fractions of the MACs that are kept.

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -237,14 +239,16 @@ def compress(
         "preprocessing": preprocessing,
     }
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
-    if made.trains is not None and output is not None and (begun or not dry_run):
-        common |= {"folder": output / setup.CHECKPOINTS, "resume": resume or dry_run}
     if output is None or dry_run:
-        with watching(made, "planning") as told:
+        begun_in = output / setup.CHECKPOINTS if output and begun and made.trains else None
+        with watching(made, "planning") as told, copied(begun_in) as checkpoints:
+            common |= {"folder": checkpoints, "resume": checkpoints is not None}
             shape = plan_only(opened.model, made, budget, **told, **common)
         payload |= _before_and_after(dense, shape) | {"plan": inspect(shape)}
         emit(payload, json, lambda out: _draw_plan(out, dense, shape))
         return
+    if made.trains is not None:
+        common |= {"folder": output / setup.CHECKPOINTS, "resume": resume}
     with watching(made, "compressing") as told:
         small = cut(opened.model, made, budget, evaluate=test, **told, **common)
     if not is_first_process():
@@ -303,6 +307,16 @@ def watching(method: Method, what: str) -> Iterator[dict[str, Any]]:
     else:
         with training_progress() as tell:
             yield {"on_event": tell}
+
+
+@contextmanager
+def copied(folder: Path | None) -> Iterator[Path | None]:
+    """A copy of a folder that may be written to, gone afterwards; None of none."""
+    if folder is None:
+        yield None
+        return
+    with TemporaryDirectory() as scratch:
+        yield Path(copytree(folder, Path(scratch) / folder.name))
 
 
 def _before_and_after(before: ViTShape, after: ViTShape) -> dict[str, Any]:

@@ -182,8 +182,7 @@ class VTP(Method):
         layers = self._layers(scores)
         target = self._target(task, gated, scores, layers)
         share = 1 - sum(kept(target, layer) for layer in layers) / sum(len(r.ranks) for r in layers)
-        values = torch.cat([gate.detach().abs().flatten() for _, gate in gates_of(gated)])
-        return {"pruned": share, "threshold": float(values.quantile(share))}
+        return {"pruned": share, "threshold": float(_magnitudes(gated).quantile(share))}
 
     # -- stage 2 ---------------------------------------------------------------------------------
 
@@ -195,30 +194,33 @@ class VTP(Method):
         else:
             scores = importance(gated)
         layers = self._layers(scores)
-        target = self._target(task, gated, scores, layers)
-        facts = {"kept": _shares(target, layers), **self._gate_facts(gated)}
-        plan = plan_for(task.shape, target, [s.order() for s in scores])
-        if task.budget.metric not in ("macs", "params"):
-            return self._agreed(task, plan, gated), facts
-        spent, limit = cost(target, task.budget.metric), task.budget.limit(task.shape)
-        if spent > limit:
-            raise BudgetError(
-                f"A rate of {self.rate} leaves {spent:,} {task.budget.metric}, over the budget of "
-                f"{limit:,}.",
-                "Prune more, or leave the rate out.",
-            )
-        return plan, facts
 
-    def _agreed(self, task: Task, plan: Plan, gated: nn.Module) -> Plan:
+        def make() -> Plan:
+            target = self._target(task, gated, scores, layers)
+            return plan_for(task.shape, target, [s.order() for s in scores])
+
+        by_the_clock = task.budget.metric not in ("macs", "params")
+        plan = self._agreed(task, gated, make) if by_the_clock else make()
+        target = plan.result(task.shape)
+        if not by_the_clock:
+            spent, limit = cost(target, task.budget.metric), task.budget.limit(task.shape)
+            if spent > limit:
+                raise BudgetError(
+                    f"A rate of {self.rate} leaves {spent:,} {task.budget.metric}, over the budget of "
+                    f"{limit:,}.",
+                    "Prune more, or leave the rate out.",
+                )
+        return plan, {"kept": _shares(target, layers), **self._gate_facts(gated)}
+
+    def _agreed(self, task: Task, gated: nn.Module, make: Callable[[], Plan]) -> Plan:
         """The plan that was first made for these gates: latencies come out otherwise every time, and in
         every process."""
         key = f"{weights_hash(gated)} {task.budget} {self.model_dump_json(exclude={'stage'})}"
         file = task.folder / "plan.json" if task.folder is not None else None
+        known: dict[str, str] = {}
         if task.resume and file is not None and file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
-            if known["key"] == key:
-                plan = Plan.from_json(known["plan"])
-        plans = [plan.to_json()]
+        plans = [known["plan"] if known.get("key") == key else make().to_json()]
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(plans, src=0)
         if file is not None and os.environ.get("RANK", "0") == "0":
@@ -253,9 +255,14 @@ class VTP(Method):
     def _gate_facts(self, gated: nn.Module) -> dict[str, Any]:
         if self.scores == "magnitude":
             return {}
-        values = torch.cat([gate.detach().abs().flatten() for _, gate in gates_of(gated)]).double()
         points = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], dtype=torch.float64)
-        return {"gate_quantiles": [round(q, 5) for q in values.cpu().quantile(points).tolist()]}
+        found = _magnitudes(gated).quantile(points).tolist()
+        return {"gate_quantiles": [round(q, 5) for q in found]}
+
+
+def _magnitudes(gated: nn.Module) -> torch.Tensor:
+    """Absolute values of all gates in one row."""
+    return torch.cat([g.detach().abs().flatten() for _, g in gates_of(gated)]).double().cpu()
 
 
 def _shares(target: ViTShape, layers: Sequence[Layer]) -> dict[str, list[float]]:

@@ -7,7 +7,6 @@ for bit.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,6 @@ from ..errors import TrainingError, UsageError
 from ..evaluation import evaluate
 from ..provenance import weights_hash
 from . import checkpoints
-from . import teacher as teacher_outputs
 from .config import TrainConfig
 from .images import Seeded, batches, reseed
 from .losses import Outputs, total_loss
@@ -42,7 +40,7 @@ from .prepare import (
     on_device,
     parameter_groups,
 )
-from .teacher import lookup, probe, remember, worth_remembering
+from .teacher import consult, lookup
 
 #: Adds to the loss from the model alone, e.g. an L1 norm of gates.
 Penalty = Callable[[nn.Module], Tensor]
@@ -231,8 +229,17 @@ class _Run:
             facts = {name: str(value) for name, value in self.identity.items()}
             self.accelerator.init_trackers("vitailor", config=facts)
         begin, update, total = self._restore(state)
-        if begin < self.config.epochs:
-            self._consult()
+        if self.teacher is not None and begin < self.config.epochs:
+            self.remembered = consult(
+                self.teacher,
+                self.model,
+                self.images,
+                self.config,
+                self.accelerator,
+                self.folder,
+                self.identity,
+                self._tell_consulting,
+            )
         for epoch in range(begin, self.config.epochs):
             self._epoch(epoch, update, total)
             update, total = 0, 0.0
@@ -326,51 +333,6 @@ class _Run:
                 truth = self.teacher(x)
         loss = total_loss(self.wrapped(x), truth, labels, self.config)
         return loss if self.penalty is None else loss + self.penalty(self.model)
-
-    def _consult(self) -> None:
-        """See that the teacher fits, and have it look at all images beforehand where that saves work."""
-        if self.teacher is None:
-            return
-        width = self._common_width(self.teacher)
-        seen = (
-            probe(self.images) if worth_remembering(self.config, len(self.images), width) else None
-        )
-        if seen is None:
-            return
-        about = ("teacher", "images", "distill", "hflip", "precision")
-        key = json.dumps({name: self.identity[name] for name in about} | {"seen": seen})
-        table = teacher_outputs.load(self.folder, key) if self.folder is not None else None
-        have = torch.tensor(float(table is not None), device=self.accelerator.device)
-        everywhere: Tensor = self.accelerator.reduce(have, reduction="sum")
-        if table is None or int(everywhere) < self.accelerator.num_processes:
-            table = remember(
-                self.teacher, self.images, self.config, self.accelerator, self._tell_consulting
-            )
-            if self.folder is not None and self.accelerator.is_main_process:
-                teacher_outputs.save(self.folder, key, table)
-        self.remembered = table.to(self.accelerator.device)
-
-    @torch.no_grad()
-    def _common_width(self, teacher: Outputs) -> int:
-        """How many numbers student and teacher give for an image, of the kind that is learned."""
-        x = self.images[0][0].unsqueeze(0).to(self.accelerator.device)
-        self.model.eval()
-        kind = 0 if self.config.distill == "feature" else 1
-        ours = int(Outputs(self.model, teacher.features)(x)[kind].shape[1])
-        try:
-            theirs = int(teacher(x)[kind].shape[1])
-        except (AssertionError, RuntimeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(
-                f"The teacher cannot take images of {tuple(x.shape[2:])} pixels: {reason}",
-                "Take a teacher of the model's input size.",
-            ) from error
-        if ours != theirs:
-            raise UsageError(
-                f"The teacher gives {theirs} features and the model {ours}.",
-                "Learn its class distribution instead (distill=soft).",
-            )
-        return ours
 
     # -- progress --------------------------------------------------------------------------------
 

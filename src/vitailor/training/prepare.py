@@ -137,11 +137,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def _frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
-    frozen = copy.deepcopy(teacher).to(device).eval()
-    return frozen.requires_grad_(False)
-
-
 def frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
     """A copy that neither learns nor changes its mode, and leaves the caller's where it is."""
     still = copy.deepcopy(teacher).to(device).eval()

@@ -7,18 +7,21 @@ on where a training was interrupted.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import ImageSet, loader
+from ..errors import UsageError
 from .config import TrainConfig
 from .images import Seeded
 from .losses import Outputs
@@ -28,6 +31,73 @@ MAX_BYTES = 2**30
 #: Images that are read twice to see whether they come out the same.
 PROBES = 32
 BATCH = 64
+
+
+def consult(
+    teacher: Outputs,
+    student: nn.Module,
+    images: ImageSet,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    folder: Path | None,
+    identity: Mapping[str, Any],
+    tell: Callable[[int, int], None],
+) -> Tensor | None:
+    """See that the teacher fits, and have it look at all images beforehand where that saves work.
+
+    Args:
+        folder: where outputs are kept for a training that is resumed.
+        identity: of the training, see `fit`.
+        tell: called with how many images are done and their number.
+
+    Returns:
+        What `lookup` reads, or None where the teacher is to be asked with every batch.
+
+    Raises:
+        UsageError: when teacher and student do not go together.
+    """
+    width = _common_width(teacher, student, images, config, accelerator.device)
+    seen = probe(images) if worth_remembering(config, len(images), width) else None
+    if seen is None:
+        return None
+    about = ("teacher", "images", "distill", "hflip", "precision")
+    key = json.dumps({name: identity[name] for name in about} | {"seen": seen})
+    table = load(folder, key) if folder is not None else None
+    have = torch.tensor(float(table is not None), device=accelerator.device)
+    everywhere: Tensor = accelerator.reduce(have, reduction="sum")
+    if table is None or int(everywhere) < accelerator.num_processes:
+        table = remember(teacher, images, config, accelerator, tell)
+        if folder is not None and accelerator.is_main_process:
+            save(folder, key, table)
+    return table.to(accelerator.device)
+
+
+@torch.no_grad()
+def _common_width(
+    teacher: Outputs,
+    student: nn.Module,
+    images: ImageSet,
+    config: TrainConfig,
+    device: torch.device,
+) -> int:
+    """How many numbers student and teacher give for an image, of the kind that is learned."""
+    x = images[0][0].unsqueeze(0).to(device)
+    kind = 0 if config.distill == "feature" else 1
+    ours = int(Outputs(student.eval(), teacher.features)(x)[kind].shape[1])
+    try:
+        theirs = int(teacher(x)[kind].shape[1])
+    except (AssertionError, RuntimeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"The teacher cannot take images of {tuple(x.shape[2:])} pixels: {reason}",
+            "Take a teacher of the model's input size.",
+        ) from error
+    if ours != theirs:
+        raise UsageError(
+            f"The teacher gives {theirs} features and the model {ours}.",
+            "Learn its class distribution instead (distill=soft).",
+        )
+    return ours
 
 
 def views_of(config: TrainConfig) -> tuple[int, ...]:
