@@ -167,7 +167,7 @@ def full_rank(model: nn.Module, aware: bool) -> nn.Module:
         for own in shape.linears()
     )
     plan, nearest = Plan(blocks=blocks), copy.deepcopy(model)
-    method._decompose(nearest, plan, method._inputs(task), 0)
+    method.decompose(nearest, plan, method.inputs(task), 0)
     return apply(nearest, plan)
 
 

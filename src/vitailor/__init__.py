@@ -17,6 +17,7 @@ _HOMES = {
     "BudgetError": "errors",
     "ClosedForm": "methods",
     "DataError": "errors",
+    "Hybrid": "methods",
     "LowRank": "methods",
     "Plan": "plan",
     "PlanError": "errors",
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from .evaluation import Accuracy, evaluate, paired_difference
     from .hosts import shape_of
     from .inspection import inspect
-    from .methods import VTP, ClosedForm, LowRank, TokenMerge
+    from .methods import VTP, ClosedForm, Hybrid, LowRank, TokenMerge
     from .plan import Plan
     from .preprocessing import Preprocessing
     from .reporting import report
@@ -80,6 +81,7 @@ __all__ = [
     "BudgetError",
     "ClosedForm",
     "DataError",
+    "Hybrid",
     "LowRank",
     "Plan",
     "PlanError",

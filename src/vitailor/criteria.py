@@ -176,6 +176,25 @@ def eliminate(
     return torch.cat(removed)
 
 
+def explained(weight: Tensor, moments: Tensor, order: Tensor, ridge: float) -> Tensor:
+    """What each input of a linear map adds to the outputs' energy, given those before it in an order.
+
+    With C = L L^T in this order and x = L z, the first r inputs know the first r of the uncorrelated z
+    and nothing of the others; so what regression on them leaves of E |W x|^2 is the sum of
+    |(W L)_j|^2 over j > r.
+
+    Args:
+        weight: (m, n) float64. moments: (n, n) covariance of the inputs. order: (n,) best first.
+        ridge: added to the covariance, as a fraction of its mean diagonal.
+
+    Returns:
+        (n,) energies in that order.
+    """
+    root = torch.linalg.cholesky(add_ridge(moments[order][:, order], ridge))
+    energies: Tensor = (weight[:, order] @ root).square().sum(0)
+    return energies
+
+
 def _removal_costs(weight: Tensor, inverse: Tensor, group: int) -> Tensor:
     if group == 1:
         return weight.square().sum(0) / inverse.diagonal()

@@ -5,6 +5,7 @@ features: X diag(a). It starts at 1, is trained with the weights under an L1 pen
 is pruned. The paper gates four places of a block: the common input of Q, K and V, the input of the output
 projection, the input of the MLP, and its hidden units (placement "inputs"). Published code gates the
 outputs of Q, K and V instead, with one vector for all three, and the hidden units (placement "outputs").
+Placement "hidden" gates the hidden units alone, for attention that is compressed by other means.
 
 Since a gate multiplies what a linear map reads or writes, its values can be folded into that map's weights
 without changing the function.
@@ -26,11 +27,12 @@ from .errors import UnsupportedModelError, UsageError
 from .hosts import Tensors, host_of
 from .layers import Block
 
-Placement = Literal["inputs", "outputs"]
+Placement = Literal["inputs", "outputs", "hidden"]
 #: Where the gates of each placement sit: the projection, and whether its input or output is gated.
 PLACES: dict[Placement, tuple[tuple[str, bool], ...]] = {
     "inputs": (("attn.qkv", True), ("attn.proj", True), ("mlp.fc1", True), ("mlp.fc2", True)),
     "outputs": (("attn.qkv", False), ("mlp.fc2", True)),
+    "hidden": (("mlp.fc2", True),),
 }
 
 
@@ -64,7 +66,7 @@ def insert_gates(model: nn.Module, placement: Placement = "inputs") -> nn.Module
     Args:
         model: any supported model.
         placement: "inputs" for the paper's four gates a block, "outputs" for one on Q, K and V's outputs
-            and one on the hidden units.
+            and one on the hidden units, "hidden" for the latter alone.
 
     Raises:
         UnsupportedModelError: where Q, K and V are factored apart, and so have no common projection; and
@@ -74,7 +76,7 @@ def insert_gates(model: nn.Module, placement: Placement = "inputs") -> nn.Module
     shape = host.describe(model)
     gated = copy.deepcopy(model)
     for i, sizes in enumerate(shape.blocks):
-        if sizes.ranks.factors_qkv:
+        if sizes.ranks.factors_qkv and placement != "hidden":
             raise UnsupportedModelError(
                 f"blocks.{i}: Q, K and V are factored apart, so they cannot share a gate.",
                 "Multiply the factors out first (vitailor.surgery.merge_back).",

@@ -19,12 +19,14 @@ from .shape import Ranks, ViTShape
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What each rank of a projection keeps.
+    """What each rank of a projection keeps, or each number of hidden units of an MLP.
 
     Attributes:
-        block, name: which projection: "q", "k", "v", "out", "fc1" or "fc2".
-        fan_in, fan_out: its size.
+        block, name: which projection: "q", "k", "v", "out", "fc1" or "fc2"; or "neurons".
+        fan_in, fan_out: its size: a rank costs a row of one and a column of the other.
         energies: (full rank) energy of the outputs, or of the weights, along each direction, falling.
+        units: how many there are, of what is kept or not as it is; None for a projection, which is
+            factored.
     """
 
     block: int
@@ -32,11 +34,19 @@ class Spectrum:
     fan_in: int
     fan_out: int
     energies: Tensor
+    units: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Weights at full rank."""
+        if self.units is not None:
+            return self.units * (self.fan_in + self.fan_out)
+        return self.fan_in * self.fan_out
 
     @property
     def most(self) -> int:
         """The largest rank that saves something; 0 where none does."""
-        return (self.fan_in * self.fan_out - 1) // (self.fan_in + self.fan_out)
+        return (self.size - 1) // (self.fan_in + self.fan_out)
 
     def lost(self) -> Tensor:
         """(full rank + 1) share of the energy that each rank from 0 on loses."""
@@ -109,15 +119,18 @@ def within_budget(
 
 
 def with_ranks(shape: ViTShape, spectra: Sequence[Spectrum], choice: Choice) -> ViTShape:
-    """The shape with these ranks."""
-    found: list[dict[str, int | None]] = [{} for _ in shape.blocks]
+    """The shape with these ranks, and numbers of hidden units."""
+    blocks = list(shape.blocks)
     for spectrum, rank in zip(spectra, choice, strict=True):
-        found[spectrum.block][spectrum.name] = rank
-    blocks = tuple(
-        block.model_copy(update={"ranks": Ranks(**{**dict(block.ranks), **own})})
-        for block, own in zip(shape.blocks, found, strict=True)
-    )
-    return shape.with_blocks(blocks)
+        block = blocks[spectrum.block]
+        if spectrum.units is None:
+            update: dict[str, object] = {
+                "ranks": Ranks(**{**dict(block.ranks), spectrum.name: rank})
+            }
+        else:
+            update = {"mlp_dim": spectrum.units if rank is None else rank}
+        blocks[spectrum.block] = block.model_copy(update=update)
+    return shape.with_blocks(tuple(blocks))
 
 
 #: Ranks that a projection may take, the last None for dense; what each loses; what each costs.
@@ -128,13 +141,12 @@ def _table(dense: ViTShape, spectrum: Spectrum, metric: str, step: int) -> Table
     ranks: list[int | None] = [*range(step, spectrum.most + 1, step), None]
     lost, block = spectrum.lost(), dense.blocks[spectrum.block]
     losses = [float(lost[rank]) if rank is not None else 0.0 for rank in ranks]
-    tokens = block.num_tokens_out if spectrum.name in ("fc1", "fc2") else block.num_tokens_in
+    tokens = (
+        block.num_tokens_out if spectrum.name in ("fc1", "fc2", "neurons") else block.num_tokens_in
+    )
     unit = tokens if metric == "macs" else 1
-    fan_in, fan_out = spectrum.fan_in, spectrum.fan_out
-    costs = [
-        unit * (rank * (fan_in + fan_out) if rank is not None else fan_in * fan_out)
-        for rank in ranks
-    ]
+    each = spectrum.fan_in + spectrum.fan_out
+    costs = [unit * (rank * each if rank is not None else spectrum.size) for rank in ranks]
     return ranks, torch.tensor(losses, dtype=torch.float64), torch.tensor(costs)
 
 

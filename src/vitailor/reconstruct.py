@@ -18,7 +18,7 @@ from .hosts import Tensors, host_of
 from .layers import Block, BlockStack
 from .linalg import regress_on_kept
 from .plan import BlockPlan, Plan
-from .surgery import select
+from .surgery import apply, select
 
 States = list[tokens.Tokens]
 
@@ -71,6 +71,23 @@ def _refit(tensors: Tensors, name: str, kept: list[int], inputs: Moments, ridge:
         shift = weight @ inputs.mean - new @ inputs.mean[index]
         refit[f"{name}.bias"] = (bias.double() + shift).to(bias.dtype)
     return refit
+
+
+def cut(
+    model: nn.Module, plan: Plan, batches: Batches, ridge: float, dense: nn.Module
+) -> nn.Module:
+    """Apply a plan and compensate: by `sequential_sweep`, then by `match_mean_outputs`.
+
+    Args:
+        model: what the plan is for.
+        batches: calibration images, iterated twice.
+        ridge: see `compensate`.
+        dense: whose mean outputs are matched: the model that `model` was made from.
+    """
+    small = apply(model, plan)
+    sequential_sweep(model, small, plan, batches, ridge)
+    match_mean_outputs(dense, small, batches)
+    return small
 
 
 @torch.inference_mode()

@@ -42,6 +42,7 @@ SIZES: dict[Kind, tuple[str, ...]] = {
 GATED: dict[str, tuple[Kind, ...]] = {
     "inputs": ("attn_features", "v", "mlp_features", "neurons"),
     "outputs": ("dims", "neurons"),
+    "hidden": ("neurons",),
 }
 
 

@@ -281,7 +281,8 @@ def make_method(
 
     kind, training = METHODS[name], {k: v for k, v in training.items() if v is not None}
     if "training" in kind.model_fields:
-        fields = fields | {"training": {**fields.get("training", {}), **training}}
+        if training or train is not None:  # for some methods training is a choice
+            fields = fields | {"training": {**(fields.get("training") or {}), **training}}
     elif training or train is not None:
         option = "--" + next(iter(training), "train").replace("_", "-")
         raise UsageError(

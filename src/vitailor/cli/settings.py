@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -78,12 +78,21 @@ def make_config(
         if not dot:
             values[outer] = _value(kind, outer, text)
             continue
-        nested = kind.model_fields[outer].annotation
-        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+        nested = _nested(kind, outer)
+        if nested is None:
             raise UsageError(f"{name}'s '{outer}' has no settings of its own.", f"Set {outer}=...")
         _require_field(f"{name}'s {outer}", nested, inner)
-        values[outer] = {**values.get(outer, {}), inner: _value(nested, inner, text)}
+        values[outer] = {**(values.get(outer) or {}), inner: _value(nested, inner, text)}
     return _build(name, kind, values)
+
+
+def _nested(kind: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The model of a field that has fields of its own, also where it may be None."""
+    annotation = kind.model_fields[field].annotation
+    for choice in (annotation, *get_args(annotation)):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return choice
+    return None
 
 
 def _require_field(name: str, kind: type[BaseModel], field: str) -> None:

@@ -2,19 +2,21 @@
 
 from .base import Method, OnEvent, Outcome, Task
 from .closed_form import ClosedForm
+from .hybrid import Hybrid
 from .low_rank import LowRank
 from .token_merge import TokenMerge
 from .vtp import VTP
 
 #: Name on the command line -> configuration.
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (ClosedForm, TokenMerge, VTP, LowRank)
+    kind.name: kind for kind in (ClosedForm, TokenMerge, VTP, LowRank, Hybrid)
 }
 
 __all__ = [
     "METHODS",
     "VTP",
     "ClosedForm",
+    "Hybrid",
     "LowRank",
     "Method",
     "OnEvent",

@@ -47,6 +47,7 @@ class Task:
         folder: for checkpoints; None for none.
         resume: go on from checkpoints that are there.
         on_event: told about training: the stage's name, and where it stands.
+        teacher: what is distilled from; None for `model`.
     """
 
     model: nn.Module
@@ -61,6 +62,11 @@ class Task:
     folder: Path | None = None
     resume: bool = False
     on_event: OnEvent | None = None
+    teacher: nn.Module | None = None
+
+    @property
+    def taught_by(self) -> nn.Module:
+        return self.model if self.teacher is None else self.teacher
 
     def batches(self, limit: int | None = None) -> Batches:
         """Calibration images in batches: all, or at most `limit`, drawn by seed."""

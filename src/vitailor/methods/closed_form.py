@@ -45,7 +45,7 @@ from ..harm import measure
 from ..hosts import host_of
 from ..orders import plan_for
 from ..plan import Plan
-from ..reconstruct import match_mean_outputs, sequential_sweep
+from ..reconstruct import cut
 from ..shape import Matching, ViTShape
 from ..simulate import Simulator
 from ..sizes import Dimension, Steps
@@ -58,12 +58,25 @@ MATCH_SHARE = 3
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """The model to cut, in sorted bases where the criterion asks for them, and how to cut it."""
 
     model: nn.Module
     plan: Plan
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A model whose units are ordered: in sorted bases where the criterion asks for them.
+
+    Attributes:
+        moments, orders: of each block; no moments where nothing needs them.
+    """
+
+    model: nn.Module
+    moments: list[BlockMoments]
+    orders: list[Order]
 
 
 class ClosedForm(Method):
@@ -127,18 +140,18 @@ class ClosedForm(Method):
     def plan(self, task: Task) -> Plan:
         if keeps_all(task.budget, task.shape):
             return Plan.identity(task.shape)
-        return self._prepare(task).plan
+        return self.prepare(task).plan
 
     def run(self, task: Task) -> Outcome:
         if keeps_all(task.budget, task.shape):
             return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
         stages = 4 + bool(self.refine)
-        ready = self._prepare(task)
+        ready = self.prepare(task)
         task.progress(3, stages)
-        small = apply(ready.model, ready.plan)
         if self.compensation:
-            sequential_sweep(ready.model, small, ready.plan, task.batches(), self.ridge)
-            match_mean_outputs(ready.model, small, task.batches())
+            small = cut(ready.model, ready.plan, task.batches(), self.ridge, task.model)
+        else:
+            small = apply(ready.model, ready.plan)
         task.progress(4, stages)
         facts = dict(ready.facts)
         if self.refine:
@@ -167,10 +180,19 @@ class ClosedForm(Method):
         small.to(dtype)
         return {"epochs": self.refine, "first_loss": losses[0], "last_loss": losses[-1]}
 
-    def _prepare(self, task: Task) -> _Prepared:
+    def prepare(self, task: Task) -> Prepared:
         """Steps 1 to 3: everything up to the plan."""
         stages = 4 + bool(self.refine)
         task.progress(0, stages)
+        ready = self.sort(task)
+        shape = self._merging(task.shape)
+        task.progress(1, stages)
+        target, facts = self._allocate(task, shape, ready)
+        task.progress(2, stages)
+        return Prepared(ready.model, plan_for(shape, target, ready.orders), facts)
+
+    def sort(self, task: Task) -> Sorted:
+        """Steps 1 and 2."""
         moments = dense_sweep(task.model, task.batches()) if self._needs_moments else []
         model = task.model
         if self.criterion == "output_error":
@@ -178,11 +200,7 @@ class ClosedForm(Method):
         orders = self._orders(task, model, moments)
         if moments:
             orders = [with_match_features(o, m) for o, m in zip(orders, moments, strict=True)]
-        shape = self._merging(task.shape)
-        task.progress(1, stages)
-        target, facts = self._allocate(task, shape, model, moments, orders)
-        task.progress(2, stages)
-        return _Prepared(model, plan_for(shape, target, orders), facts)
+        return Sorted(model, moments, orders)
 
     @property
     def _needs_moments(self) -> bool:
@@ -219,9 +237,7 @@ class ClosedForm(Method):
         self,
         task: Task,
         shape: ViTShape,
-        model: nn.Module,
-        moments: list[BlockMoments],
-        orders: list[Order],
+        ready: Sorted,
     ) -> tuple[ViTShape, dict[str, Any]]:
         dimensions, steps = self._dimensions(shape), Steps.for_shape(shape)
         facts: dict[str, Any] = {}
@@ -230,9 +246,9 @@ class ClosedForm(Method):
             ridge = self.ridge if self.compensation else None
             batches = task.batches(images)
             return Simulator(
-                model,
-                moments,
-                orders,
+                ready.model,
+                ready.moments,
+                ready.orders,
                 batches,
                 ridge,
                 shape.matching,
@@ -241,7 +257,9 @@ class ClosedForm(Method):
             )
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
-            return task.stopwatch([apply(model, plan_for(shape, s, orders)) for s in shapes])
+            return task.stopwatch(
+                [apply(ready.model, plan_for(shape, s, ready.orders)) for s in shapes]
+            )
 
         if self.allocation == "uniform":
 

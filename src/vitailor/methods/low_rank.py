@@ -13,6 +13,7 @@ and for models that VTP has pruned:
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -76,24 +77,24 @@ class LowRank(Method):
             and budget.metric in ("macs", "params")
             and not keeps_all(budget, shape)
         ):
-            flat = _flat(shape, self.projections)
+            flat = flat_spectra(shape, self.projections)
             within_budget(shape, flat, budget.metric, budget.limit(shape), self.step)
 
     def plan(self, task: Task) -> Plan:
         if self._leaves(task):
             return Plan.identity(task.shape)
-        return self._plan(task, self._inputs(task))
+        return self._plan(task, self.inputs(task))
 
     def run(self, task: Task) -> Outcome:
         if self._leaves(task):
             return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
         task.progress(0, 3)
-        inputs = self._inputs(task)
+        inputs = self.inputs(task)
         task.progress(1, 3)
         plan = self._plan(task, inputs)
         task.progress(2, 3)
         nearest = copy.deepcopy(task.model)
-        errors = self._decompose(nearest, plan, inputs, task.seed)
+        errors = self.decompose(nearest, plan, inputs, task.seed)
         task.progress(3, 3)
         return Outcome(apply(nearest, plan), plan, {"errors": errors})
 
@@ -107,21 +108,21 @@ class LowRank(Method):
 
     # -- step 1 ----------------------------------------------------------------------------------
 
-    def _inputs(self, task: Task) -> list[Inputs]:
+    def inputs(self, task: Task) -> list[Inputs]:
         """Moments of what each projection of each block reads; empty for the plain form."""
         if not self.activation_aware:
             return [{} for _ in task.shape.blocks]
         found = dense_sweep(task.model, task.batches(), attention_input=True)
         host = host_of(task.model)
         return [
-            _inputs_of(host.read(host.block(task.model, i)), moments)
+            inputs_of(host.read(host.block(task.model, i)), moments)
             for i, moments in enumerate(found)
         ]
 
     # -- step 2 ----------------------------------------------------------------------------------
 
     def _plan(self, task: Task, inputs: list[Inputs]) -> Plan:
-        spectra = self._spectra(task.model, inputs)
+        spectra = self.spectra(task.model, inputs)
 
         def choose(metric: str, limit: int) -> ViTShape:
             choice = within_budget(task.shape, spectra, metric, limit, self.step)
@@ -136,7 +137,8 @@ class LowRank(Method):
             return _plan_of(with_ranks(task.shape, spectra, at_energy(spectra, self.energy)))
         return _plan_of(within(task.budget, task.shape, choose, milliseconds))
 
-    def _spectra(self, model: nn.Module, inputs: list[Inputs]) -> list[Spectrum]:
+    def spectra(self, model: nn.Module, inputs: list[Inputs]) -> list[Spectrum]:
+        """What each rank of each projection keeps."""
         host, found = host_of(model), []
         for i, known in enumerate(inputs):
             tensors = host.read(host.block(model, i))
@@ -150,7 +152,7 @@ class LowRank(Method):
     # -- step 3 ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _decompose(
+    def decompose(
         self, model: nn.Module, plan: Plan, inputs: list[Inputs], seed: int
     ) -> list[dict[str, float]]:
         """Put the nearest weights of the planned ranks into the model; returns what each loses, as a share
@@ -185,7 +187,8 @@ class LowRank(Method):
 Inputs = dict[str, Moments]
 
 
-def _inputs_of(tensors: Tensors, moments: BlockMoments) -> Inputs:
+def inputs_of(tensors: Tensors, moments: BlockMoments) -> Inputs:
+    """Moments of what each projection of a block reads."""
     if moments.attn_input is None:
         raise DataError("Nothing is known of what attention reads.", "Sweep with attention_input.")
     read = moments.mlp_input
@@ -227,7 +230,7 @@ def _plan_of(shape: ViTShape) -> Plan:
     return Plan(blocks=tuple(BlockPlan(ranks=block.ranks) for block in shape.blocks))
 
 
-def _flat(shape: ViTShape, projections: tuple[Projection, ...]) -> list[Spectrum]:
+def flat_spectra(shape: ViTShape, projections: Sequence[Projection]) -> list[Spectrum]:
     """Spectra of which nothing is known but their sizes."""
     return [
         Spectrum(i, name, fan_in, fan_out, torch.ones(min(fan_in, fan_out)))

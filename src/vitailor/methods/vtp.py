@@ -15,7 +15,6 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,7 +23,6 @@ from torch import nn
 
 from ..budget import Budget, cost
 from ..criteria import Importance, magnitude
-from ..data import ImageSet
 from ..errors import BudgetError, UsageError
 from ..gates import (
     Placement,
@@ -43,7 +41,8 @@ from ..provenance import weights_hash
 from ..shape import ViTShape
 from ..surgery import apply
 from ..threshold import GATED, Layer, Scope, at_rate, kept, rank, within_budget
-from ..training import Event, TrainConfig, fit
+from ..training import TrainConfig, fit
+from . import stages
 from .base import Method, Outcome, Task, keeps_all, within
 
 Stage = Literal["sparse", "prune", "finetune"]
@@ -54,7 +53,7 @@ class VTP(Method):
 
     Args:
         placement: "inputs" gates the paper's four places, "outputs" the outputs of Q, K and V and the
-            hidden units, as published code does.
+            hidden units, as published code does, "hidden" the hidden units alone.
         l1: lambda, the weight of the penalty.
         proximal: apply the penalty as a proximal step after each update instead of in the loss.
         scope: against what a feature is ranked: all others, its kind, or its layer.
@@ -125,19 +124,7 @@ class VTP(Method):
         plain = remove_gates(gated) if self.harden else fold_gates(gated)
         small = apply(plain, plan)
         if self.stage == "finetune":
-            start = {"model": weights_hash(small)}
-            found = fit(
-                small,
-                self.training.model_copy(update={"seed": self.training.seed + task.seed}),
-                _images(task),
-                teacher=task.model,
-                folder=_folder(task, "finetune"),
-                resume=task.resume,
-                identity=start,
-                on_event=_told(task, "fine-tuning"),
-                device=task.device,
-            )
-            facts |= {"finetune": {"losses": found.losses, "images_per_s": found.images_per_s}}
+            facts["finetune"] = stages.finetune(task, self.training, small)
         return Outcome(small, plan, facts)
 
     # -- stage 1 ---------------------------------------------------------------------------------
@@ -147,19 +134,14 @@ class VTP(Method):
         gated = insert_gates(task.model, self.placement)
         if self.scores == "magnitude":
             return gated
-        config = self.training.model_copy(
-            update={
-                "epochs": self.sparse_epochs or self.training.epochs,
-                "seed": self.training.seed + task.seed,
-            }
-        )
-        folder = _folder(task, "sparse")
+        epochs = self.sparse_epochs or self.training.epochs
+        config = stages.seeded(self.training, task).model_copy(update={"epochs": epochs})
         fit(
             gated,
             config,
-            _images(task),
-            teacher=task.model,
-            folder=folder,
+            stages.images(task),
+            teacher=task.taught_by,
+            folder=stages.folder(task, "sparse"),
             resume=task.resume,
             penalty=None if self.proximal else lambda model: self.l1 * l1(model),
             after_update=(lambda model, lr: shrink(model, lr * self.l1)) if self.proximal else None,
@@ -169,7 +151,7 @@ class VTP(Method):
                 "placement": self.placement,
                 "l1": f"{self.l1}, {self.proximal}",
             },
-            on_event=_told(task, "sparse training"),
+            on_event=stages.told(task, "sparse training"),
             device=task.device,
         )
         return gated
@@ -290,18 +272,3 @@ def _alike(shape: ViTShape) -> list[Importance]:
         )
         for block in shape.blocks
     ]
-
-
-def _images(task: Task) -> ImageSet:
-    if task.train is None:
-        raise UsageError("vtp needs training images.", "Pass train=, or --train.")
-    return task.train
-
-
-def _folder(task: Task, stage: str) -> Path | None:
-    return None if task.folder is None else task.folder / stage
-
-
-def _told(task: Task, stage: str) -> Callable[[Event], None] | None:
-    tell = task.on_event
-    return None if tell is None else lambda event: tell(stage, event)
