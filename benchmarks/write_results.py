@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import decomposition
 import fine_tuning
 import training_free
 import vtp_cifar10
@@ -18,6 +19,7 @@ def main() -> None:
     sections = (
         training_free.page(training_free.read(LOGS / "training_free.jsonl")),
         fine_tuning.page(training_free.read(LOGS / "fine_tuning.jsonl")),
+        decomposition.page(training_free.read(LOGS / "decomposition.jsonl")),
         vtp_cifar10.page(training_free.read(LOGS / "vtp_cifar10.jsonl")),
     )
     text = "\n".join(["# Results\n", *(section for section in sections if section)])

@@ -143,7 +143,7 @@ class LowRank(Method):
         for i, known in enumerate(inputs):
             tensors = host.read(host.block(model, i))
             for name in self.projections:
-                weight = _weight(tensors, name)
+                weight = weight_of(tensors, name)
                 moments = _second(known.get(name), centred=_bias(tensors, name) is not None)
                 out, width = weight.shape
                 found.append(Spectrum(i, name, width, out, energies(weight, moments)))
@@ -165,7 +165,7 @@ class LowRank(Method):
                 if rank is None:
                     continue
                 weight, bias, moments = (
-                    _weight(tensors, name),
+                    weight_of(tensors, name),
                     _bias(tensors, name),
                     known.get(name),
                 )
@@ -198,7 +198,7 @@ def inputs_of(tensors: Tensors, moments: BlockMoments) -> Inputs:
     return attention | {"out": moments.mixed, "fc1": read, "fc2": moments.hidden}
 
 
-def _weight(tensors: Tensors, name: str) -> Tensor:
+def weight_of(tensors: Tensors, name: str) -> Tensor:
     """(out, in) weights of a projection, heads flattened."""
     weight = tensors[f"{name}.weight"]
     if weight.dim() == 2:
