@@ -174,10 +174,27 @@ def test_a_model_that_merges_already():
 
 def test_divergence_of_classes():
     got, truth = torch.randn(3, 5), torch.randn(3, 5)
-    p, q = F.softmax(truth, -1), F.softmax(got, -1)
-    torch.testing.assert_close(divergence(got, truth, 5), (p * (p / q).log()).sum(-1))
+    t = simulate.TEMPERATURE
+    p, q = F.softmax(truth / t, -1), F.softmax(got / t, -1)
+    torch.testing.assert_close(divergence(got, truth, 5), t**2 * (p * (p / q).log()).sum(-1))
     assert (divergence(truth, truth, 5) == 0).all()
-    torch.testing.assert_close(divergence(truth + 3, truth, 5), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(divergence(truth + 3, truth, 5), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_harm_sees_changes_of_images_that_the_model_is_sure_of():
+    sure, unsure = torch.tensor([[12.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    change = torch.tensor([[-1.0, 1.0, 0.0]])
+    seen = [float(divergence(x + change, x, 3)) for x in (sure, unsure)]
+    assert 0.1 < seen[0] / seen[1] < 1
+    plain = [
+        float(
+            F.kl_div(
+                (x + change).log_softmax(-1), x.log_softmax(-1), log_target=True, reduction="sum"
+            )
+        )
+        for x in (sure, unsure)
+    ]
+    assert plain[0] / plain[1] < 1e-3
 
 
 @pytest.mark.parametrize("num_classes", [0, 1])

@@ -27,6 +27,10 @@ from .surgery import select
 
 #: A trial is given up when, on at least so many images, it harms so many times as much as its rival.
 GIVE_UP_AFTER, BEHIND = 64, 1.1
+#: At which classes are compared. Models are often sure of calibration images, since they were trained on them;
+#: their class distributions then hardly move until a cut changes the decision, and hide what it does to
+#: images of which the model is less sure.
+TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,7 @@ class Simulator:
         any_start: hold the dense tokens before every block in memory, so that trials may start at any;
             else at the first block only.
 
-    Harm is the mean Kullback-Leibler divergence of the outputs from the dense model's, in nats; for a
-    model without a classifier, the relative squared error of its features.
+    Harm is the mean `divergence` of the outputs from the dense model's.
     """
 
     def __init__(
@@ -157,9 +160,11 @@ class Simulator:
 
 
 def divergence(outputs: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """(B,) KL(truth || outputs) of the class distributions, or relative squared error of features."""
+    """(B,) KL(truth || outputs) of the class distributions at `TEMPERATURE`, times its square, in nats; or
+    relative squared error of features, for a model without a classifier."""
     if num_classes > 1:
-        got, want = outputs.float().log_softmax(-1), truth.float().log_softmax(-1)
-        return F.kl_div(got, want, log_target=True, reduction="none").sum(-1)
+        got, want = ((x.float() / TEMPERATURE).log_softmax(-1) for x in (outputs, truth))
+        kl = F.kl_div(got, want, log_target=True, reduction="none").sum(-1)
+        return kl * TEMPERATURE**2
     error = (outputs - truth).flatten(1).square().sum(1)
     return error / truth.flatten(1).square().sum(1).clamp_min(1e-12)
