@@ -1,6 +1,7 @@
 """Every decomposition of the projections, plain and activation-aware, on a real model; and the hybrid.
 
     python benchmarks/decomposition.py --data ../shared/data --after ../work/vtp
+    python benchmarks/decomposition.py --part vit_base_patch16_224  # what it takes
 
 Each row is appended to the log when it is done and not measured again. `--after` names an artifact that
 VTP has pruned, to decompose as well. Nothing is trained here. Calibration sees unlabeled training images;
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import timm
 import torch
 from torch import nn
 from training_free import append, outcomes, read, span
@@ -48,6 +51,7 @@ HYBRID: dict[str, Method] = {
     "hidden units alone": ClosedForm(dimensions=("neurons",)),
 }
 CALIBRATION, FEW = 512, 1000
+COSTS = ("vit_base_patch16_224", "vit_large_patch16_224")
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,45 @@ class Bench:
             self.record("dense", row, keep, small, seconds=time.perf_counter() - began)
 
 
+# -- what it takes ---------------------------------------------------------------------------------
+
+
+def takes(name: str, log: Path) -> None:
+    """Seconds and memory for all projections of a model of this name, with random weights and images: these
+    do not matter to either."""
+    key = f"cost of {name}"
+    if any(row["row"] == key for row in read(log)):
+        return
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    shape, images = shape_of(model), [torch.randn(16, 3, 224, 224) for _ in range(2)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    moments = dense_sweep(model, images, attention_input=True)
+    host, method = host_of(model), LowRank()
+    inputs = [inputs_of(host.read(host.block(model, i)), m) for i, m in enumerate(moments)]
+    began = time.perf_counter()
+    spectra = method.spectra(model, inputs)
+    choice = within_budget(shape, spectra, "params", int(0.7 * shape.params))
+    target = with_ranks(shape, spectra, choice)
+    plan = Plan(blocks=tuple(BlockPlan(ranks=block.ranks) for block in target.blocks))
+    ranked = time.perf_counter()
+    method.decompose(copy.deepcopy(model), plan, inputs, 0)
+    ended = time.perf_counter()
+    row = {
+        "model": "cost",
+        "row": key,
+        "keep": 0.7,
+        "params": shape.params,
+        "decomposed": sum(r is not None for block in target.blocks for _, r in block.ranks),
+        "spectra_seconds": ranked - began,
+        "decomposition_seconds": ended - ranked,
+        "memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "conditions": conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()},
+    }
+    append(log, row)
+    print(row, flush=True)
+
+
 # -- the page ------------------------------------------------------------------------------------
 
 
@@ -232,6 +275,15 @@ def page(found: list[dict]) -> str:
         "`python benchmarks/decomposition.py`; the rows are in `benchmarks/results/decomposition.jsonl`.",
         "",
     ]
+    for row in (r for r in found if r["model"] == "cost"):
+        lines += [
+            f"{row['row'].removeprefix('cost of ')} ({row['params'] / 1e6:.0f}M parameters): activation-aware SVD "
+            f"of {row['decomposed']} projections",
+            f"takes {row['spectra_seconds'] + row['decomposition_seconds']:.0f} s on "
+            f"{row['conditions']['threads']} CPU threads, calibration aside, and "
+            f"{row['memory_mib'] / 1024:.1f} GiB above the model.",
+            "",
+        ]
     return "\n".join([*head, *lines]).rstrip() + "\n"
 
 
@@ -277,9 +329,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--after", type=Path, help="artifact that VTP has pruned")
-    parser.add_argument("--part", choices=["decompositions", "hybrid", "after"])
+    parser.add_argument("--part", choices=["decompositions", "hybrid", "after", *COSTS])
     parser.add_argument("--log", type=Path, default=Path("benchmarks/results/decomposition.jsonl"))
     arguments = parser.parse_args()
+    if arguments.part in COSTS:  # each in a process of its own, for its memory
+        takes(arguments.part, arguments.log)
+        return
     bench = Bench(arguments.data, arguments.log)
     if arguments.part in (None, "decompositions"):
         bench.decompositions("dense", bench.dense)
