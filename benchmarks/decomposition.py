@@ -36,7 +36,7 @@ from vitailor.methods.low_rank import Inputs, inputs_of, weight_of
 from vitailor.models import open_model
 from vitailor.plan import BlockPlan, Plan
 from vitailor.preprocessing import resolve_preprocessing
-from vitailor.ranks import Spectrum, with_ranks, within_budget
+from vitailor.ranks import Spectrum, at_share, with_ranks, within_budget
 from vitailor.surgery import apply
 
 KEEPS = (0.9, 0.8, 0.7)
@@ -212,8 +212,7 @@ def takes(name: str, log: Path) -> None:
     inputs = [inputs_of(host.read(host.block(model, i)), m) for i, m in enumerate(moments)]
     began = time.perf_counter()
     spectra = method.spectra(model, inputs)
-    choice = within_budget(shape, spectra, "params", int(0.7 * shape.params))
-    target = with_ranks(shape, spectra, choice)
+    target = with_ranks(shape, spectra, at_share(spectra, 0.4))  # every projection
     plan = Plan(blocks=tuple(BlockPlan(ranks=block.ranks) for block in target.blocks))
     ranked = time.perf_counter()
     method.decompose(copy.deepcopy(model), plan, inputs, 0)
@@ -221,7 +220,7 @@ def takes(name: str, log: Path) -> None:
     row = {
         "model": "cost",
         "row": key,
-        "keep": 0.7,
+        "keep": target.params / shape.params,
         "params": shape.params,
         "decomposed": sum(r is not None for block in target.blocks for _, r in block.ranks),
         "spectra_seconds": ranked - began,
