@@ -70,9 +70,9 @@ class Ready:
         inputs = [
             inputs_of(host.read(host.block(model, i)), moments) for i, moments in enumerate(sweep)
         ]
+        unseen: list[Inputs] = [{} for _ in inputs]
         spectra = {
-            aware: LowRank(activation_aware=aware).spectra(model, inputs if aware else none)
-            for none in ([{} for _ in inputs],)
+            aware: LowRank(activation_aware=aware).spectra(model, inputs if aware else unseen)
             for aware in (False, True)
         }
         return cls(name, model, inputs, spectra)
@@ -86,7 +86,8 @@ class Ready:
         inputs: list[Inputs] = self.inputs if aware else [{} for _ in self.inputs]
         nearest, began = copy.deepcopy(self.model), time.perf_counter()
         LowRank(decomposition=kind, activation_aware=aware).decompose(nearest, plan, inputs, 0)
-        return apply(nearest, plan), time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return apply(nearest, plan), seconds
 
     def errors(self, small: nn.Module) -> tuple[float, float]:
         """What is lost of the weights and of the outputs' variation, in the mean over the projections that

@@ -1,4 +1,4 @@
-"""Compression with a little training on a real model: at most five epochs in all.
+"""Compression with a little training on a real model: at most four epochs in all.
 
     python benchmarks/fine_tuning.py --data ../shared/data --work ../work
 
@@ -137,10 +137,10 @@ def page(rows: list[dict]) -> str:
     if dense is None:
         return ""
     lines = [
-        "## Five epochs of training",
+        "## Four epochs of training",
         "",
         f"The same ViT-Ti/16 on Tiny-ImageNet (dense {dense['top1']:.2f}, n = {dense['images']:,}) at "
-        f"{KEEP:g} of the MACs, with at most five epochs",
+        f"{KEEP:g} of the MACs, with at most four epochs",
         "over the 10,000 training images in all: three of label-free distillation after closed-form",
         "compression; two of sparse training and two of fine-tuning for VTP, on labels and the dense",
         "model's outputs alike; the same two after magnitude pruning. One seed. Made by",

@@ -42,7 +42,7 @@ def allocate_uniform(
                     left = shape.blocks[i].num_tokens_in - gone
                     size = min(left, dense.blocks[i].num_tokens_out)
                 else:
-                    size = _rounded(dense.blocks[i], dimension, 1 - cut, steps)
+                    size = rounded(dense.blocks[i], dimension, 1 - cut, steps)
                 shape = with_size(shape, i, dimension, size)
         return shape
 
@@ -50,7 +50,8 @@ def allocate_uniform(
     return fill(shape, dense, metric, limit, dimensions, steps)
 
 
-def _rounded(block: BlockShape, dimension: Dimension, keep: float, steps: Steps) -> int:
+def rounded(block: BlockShape, dimension: Dimension, keep: float, steps: Steps) -> int:
+    """The size nearest to a share of a block's that is a multiple of its step."""
     full: int = getattr(block, FIELDS[dimension])
     step: int = getattr(steps, dimension)
     return min(full, max(step, round(full * keep / step) * step))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .calibrate import BlockMoments, Moments
 from .hosts import Tensors
-from .linalg import add_ridge
+from .linalg import add_ridge, cholesky_psd
 
 Criterion = Literal["output_error", "magnitude", "variance", "taylor"]
 
@@ -176,23 +176,26 @@ def eliminate(
     return torch.cat(removed)
 
 
-def explained(weight: Tensor, moments: Tensor, order: Tensor, ridge: float) -> Tensor:
-    """What each input of a linear map adds to the outputs' energy, given those before it in an order.
+def explained(weight: Tensor, moments: Tensor, order: Tensor, ridge: float | None) -> Tensor:
+    """What each input of a linear map adds to the outputs' energy, given those before it in an order; what
+    keeping the first r loses of E |W x|^2 is the sum beyond r.
 
-    With C = L L^T in this order and x = L z, the first r inputs know the first r of the uncorrelated z
-    and nothing of the others; so what regression on them leaves of E |W x|^2 is the sum of
-    |(W L)_j|^2 over j > r.
+    With compensation: for C = L L^T in this order and x = L z, the first r inputs know the first r of the
+    uncorrelated z and nothing of the others, so regression on them leaves the sum of |(W L)_j|^2 over
+    j > r. Without: the others are missed as they are, sum of W_i . W_j C_ij over i, j > r.
 
     Args:
-        weight: (m, n) float64. moments: (n, n) covariance of the inputs. order: (n,) best first.
-        ridge: added to the covariance, as a fraction of its mean diagonal.
+        weight: (m, n) float64. moments: (n, n) of the inputs. order: (n,) best first.
+        ridge: of the regression, as a fraction of the mean diagonal; None for no compensation.
 
     Returns:
-        (n,) energies in that order.
+        (n,) energies in that order; without compensation single ones may be negative.
     """
-    root = torch.linalg.cholesky(add_ridge(moments[order][:, order], ridge))
-    energies: Tensor = (weight[:, order] @ root).square().sum(0)
-    return energies
+    ordered, seen = weight[:, order], moments[order][:, order]
+    if ridge is not None:
+        return (ordered @ cholesky_psd(seen, ridge)).square().sum(0)
+    shared = ordered.mT @ ordered * seen
+    return 2 * shared.triu(1).sum(1) + shared.diagonal()
 
 
 def _removal_costs(weight: Tensor, inverse: Tensor, group: int) -> Tensor:

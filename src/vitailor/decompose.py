@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .linalg import add_ridge, sqrt_psd
+from .linalg import add_ridge, cholesky_psd, sqrt_psd
 
 Decomposition = Literal[
     "svd",
@@ -130,7 +130,7 @@ def decompose(
             order = given.argsort(descending=True, stable=True)
         seen = exact[:, order]
         if second is not None:
-            seen = seen @ _cholesky(second[order][:, order])
+            seen = seen @ cholesky_psd(second[order][:, order], RIDGE)
         up, read = _COLUMNS[kind](seen, rank, generator)
     down = read @ exact
     lost = exact - up @ down
@@ -256,12 +256,3 @@ def _rooted(weight: Tensor, moments: Tensor) -> Tensor:
     if moments.shape[0] <= weight.shape[0]:
         return weight @ sqrt_psd(moments, RIDGE)
     return sqrt_psd(weight @ add_ridge(moments, RIDGE) @ weight.mT)
-
-
-def _cholesky(moments: Tensor) -> Tensor:
-    """Lower triangular S with S S^T = C, also where C is singular."""
-    lower, failed = torch.linalg.cholesky_ex(add_ridge(moments, RIDGE))
-    if failed.item():
-        lower = torch.linalg.qr(sqrt_psd(moments, RIDGE))[1].mT
-    root: Tensor = lower
-    return root

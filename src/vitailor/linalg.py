@@ -17,6 +17,16 @@ def sqrt_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
     return root
 
 
+def cholesky_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
+    """Lower triangular S with S S^T = `matrix` + `ridge` * mean diagonal * identity, also where that is
+    singular, or by rounding not quite positive."""
+    lower, failed = torch.linalg.cholesky_ex(add_ridge(matrix, ridge))
+    if failed.item():
+        lower = torch.linalg.qr(sqrt_psd(matrix, ridge))[1].mT
+    root: Tensor = lower
+    return root
+
+
 def add_ridge(matrix: Tensor, ridge: float) -> Tensor:
     """`matrix` + `ridge` * mean diagonal * identity; an all-zero matrix gets `ridge` itself."""
     scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)

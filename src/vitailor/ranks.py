@@ -24,7 +24,8 @@ class Spectrum:
     Attributes:
         block, name: which projection: "q", "k", "v", "out", "fc1" or "fc2"; or "neurons".
         fan_in, fan_out: its size: a rank costs a row of one and a column of the other.
-        energies: (full rank) energy of the outputs, or of the weights, along each direction, falling.
+        energies: (full rank) energy of the outputs, or of the weights, along each direction, falling; for
+            hidden units, what each adds to those before it.
         units: how many there are, of what is kept or not as it is; None for a projection, which is
             factored.
     """
@@ -146,7 +147,10 @@ def _table(dense: ViTShape, spectrum: Spectrum, metric: str, step: int) -> Table
     )
     unit = tokens if metric == "macs" else 1
     each = spectrum.fan_in + spectrum.fan_out
-    costs = [unit * (rank * each if rank is not None else spectrum.size) for rank in ranks]
+    if spectrum.units is not None and metric == "params" and dense.mlp_bias:
+        each += 1
+    whole = spectrum.size if spectrum.units is None else spectrum.units * each
+    costs = [unit * (rank * each if rank is not None else whole) for rank in ranks]
     return ranks, torch.tensor(losses, dtype=torch.float64), torch.tensor(costs)
 
 

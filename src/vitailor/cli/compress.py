@@ -43,7 +43,7 @@ def compress(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="closed-form, token-merge, vtp or low-rank.",
+            help="closed-form, token-merge, vtp, low-rank or hybrid.",
             show_default=False,
         ),
     ],
@@ -101,7 +101,7 @@ def compress(
         typer.Option(
             "--train",
             metavar="DATA",
-            help="Training images, for methods that train (vtp).",
+            help="Training images, for methods that train (vtp; hybrid if given).",
             rich_help_panel="Images",
         ),
     ] = None,
@@ -127,8 +127,8 @@ def compress(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan and its cost; write nothing. vtp trains its gates for that, unless the output "
-            "folder holds them.",
+            help="Print the plan and its cost; write nothing. Learned gates are trained for that, unless the "
+            "output folder holds them.",
         ),
     ] = False,
     overwrite: o.Overwrite = False,

@@ -517,7 +517,7 @@ def _fill(
     features: Tensor | None = None,
 ) -> None:
     if isinstance(projection, layers.LowRankLinear):
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
         root, rank = values.sqrt(), projection.rank
         projection.up.weight.copy_(left[:, :rank] * root[:rank])
         projection.down.weight.copy_(root[:rank, None] * right[:rank])

@@ -49,6 +49,10 @@ class LowRank(Method):
         step: ranks that are shared out are multiples of it.
 
     With `share` or `energy` the budget is only checked.
+
+    Attention can be had at low rank without a second multiplication: W_q W_k^T and W_v W_o of each head are
+    products already, and at a lower rank the head is smaller. `ClosedForm(dimensions=("qk", "v"))` does
+    that, and `Hybrid` together with hidden units.
     """
 
     name: ClassVar[str] = "low-rank"

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data import ImageSet
 from ..errors import UsageError
+from ..plan import Plan
 from ..provenance import weights_hash
-from ..training import Event, TrainConfig, fit
-from .base import Task
+from ..surgery import apply
+from ..training import Event, TrainConfig, checkpoints, fit
+from ..training.prepare import accelerator_for
+from .base import Outcome, Task
+
+#: The model that a method has cut before training.
+CUT = "cut.pt"
 
 
-def finetune(task: Task, config: TrainConfig, small: nn.Module) -> dict[str, Any]:
-    """Fine-tune what a method has cut, in place; returns what is worth recording."""
+def settled(
+    task: Task, config: TrainConfig, identity: dict[str, Any], make: Callable[[], Outcome]
+) -> Outcome:
+    """What is made before training, as it was first made: kept beside the checkpoints, and the same in every
+    process. Made anew, measured latencies and sums on a GPU come out otherwise.
+
+    Args:
+        identity: what it depends on.
+        make: gives a model that `task.model` becomes by its plan, its weights apart.
+
+    Raises:
+        UsageError: when what the folder holds was made of something else.
+    """
+    found = None
+    if task.folder is not None and task.resume:
+        found = checkpoints.load(task.folder, CUT, identity, processes=0)
+    if found is None:
+        made = make()
+        found = {
+            "identity": identity,
+            "processes": 0,
+            "plan": made.plan.to_json(),
+            "facts": made.facts,
+            "model": made.model.state_dict(),
+        }
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        accelerator_for(config, task.device, None)  # the processes find each other
+        shared = [found]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        found = shared[0]
+    if task.folder is not None and os.environ.get("RANK", "0") == "0":
+        checkpoints.save(task.folder, CUT, found)
+    plan = Plan.from_json(found["plan"])
+    model = apply(task.model, plan)
+    model.load_state_dict(found["model"])
+    return Outcome(model, plan, found["facts"])
+
+
+def finetune(
+    task: Task, config: TrainConfig, small: nn.Module, identity: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fine-tune what a method has cut, in place; returns what is worth recording.
+
+    Args:
+        identity: what `small` depends on; by default a hash of its weights.
+    """
     found = fit(
         small,
         seeded(config, task),
@@ -24,7 +76,7 @@ def finetune(task: Task, config: TrainConfig, small: nn.Module) -> dict[str, Any
         teacher=task.taught_by,
         folder=folder(task, "finetune"),
         resume=task.resume,
-        identity={"model": weights_hash(small)},
+        identity=identity or {"model": weights_hash(small)},
         on_event=told(task, "fine-tuning"),
         device=task.device,
     )
