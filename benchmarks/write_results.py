@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import decomposition
+import dependence
 import fine_tuning
 import training_free
 import vtp_cifar10
@@ -20,6 +21,7 @@ def main() -> None:
         training_free.page(training_free.read(LOGS / "training_free.jsonl")),
         fine_tuning.page(training_free.read(LOGS / "fine_tuning.jsonl")),
         decomposition.page(training_free.read(LOGS / "decomposition.jsonl")),
+        dependence.page(training_free.read(LOGS / "dependence.jsonl")),
         vtp_cifar10.page(training_free.read(LOGS / "vtp_cifar10.jsonl")),
     )
     text = "\n".join(["# Results\n", *(section for section in sections if section)])
