@@ -1,0 +1,216 @@
+"""Policies of multi-dimensional compression: which share of heads, neurons and tokens goes, and where.
+
+After "Multi-Dimensional Model Compression of Vision Transformer" (arXiv 2201.00043): a policy gives every block
+a ratio of neurons and of heads, and a ratio of tokens at a few blocks. A `Space` says which ratios are free. A
+search proposes directions in it, and one scale is solved for, so that every proposal lands on the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import floor
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from .allocate import fill
+from .budget import cost
+from .errors import BudgetError, UsageError
+from .shape import Facts, ViTShape
+from .sizes import FIELDS, Dimension, Steps, with_size
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Ratios = tuple[Ratio, ...]
+#: Blocks after whose attention tokens go, counted from 1, as published.
+TOKEN_BLOCKS = (4, 7, 10)
+#: Ratios that a space knows, in the order of its parameters.
+CUT: tuple[Dimension, ...] = ("neurons", "heads", "qk", "v", "tokens")
+#: What goes of a dimension is at least this share of its scale: a direction must lead somewhere.
+LEAST = 0.01
+STEPS = Steps()
+
+
+class Policy(Facts):
+    """Share of each dimension that goes, for every block; none for a dimension that stays.
+
+    Attributes:
+        neurons, heads, qk, v: ratios of hidden units, heads, query/key and value dims.
+        tokens: ratio of the tokens at hand, prefix included, that go after a block's attention.
+    """
+
+    neurons: Ratios | None = None
+    heads: Ratios | None = None
+    qk: Ratios | None = None
+    v: Ratios | None = None
+    tokens: Ratios | None = None
+
+    @model_validator(mode="after")
+    def _same_depth(self) -> Self:
+        depths = {len(r) for d in CUT if (r := getattr(self, d)) is not None}
+        if len(depths) > 1:
+            raise ValueError(f"ratios are for different numbers of blocks: {sorted(depths)}")
+        return self
+
+    def apply(self, dense: ViTShape, steps: Steps, *, fused: bool = False) -> ViTShape:
+        """The sizes left: full * (1 - ratio), rounded down to a multiple of the step.
+
+        Args:
+            dense: what is cut.
+            steps: all 1 rounds as published.
+            fused: whether the tokens that go are averaged into one more, which stays.
+
+        Raises:
+            UsageError: when the policy is for another number of blocks.
+        """
+        shape = dense
+        for dimension in CUT:
+            ratios: Ratios | None = getattr(self, dimension)
+            if ratios is None:
+                continue
+            if len(ratios) != dense.depth:
+                raise UsageError(
+                    f"The policy is for {len(ratios)} blocks, the model has {dense.depth}.",
+                    "Give a ratio for each block.",
+                )
+            for i, ratio in enumerate(ratios):
+                if ratio > 0:
+                    size = _kept(shape, i, dimension, ratio, steps, fused)
+                    shape = with_size(shape, i, dimension, size)
+        return shape
+
+
+def _kept(
+    shape: ViTShape, i: int, dimension: Dimension, ratio: float, steps: Steps, fused: bool
+) -> int:
+    block = shape.blocks[i]
+    if dimension == "tokens":
+        arriving = block.num_tokens_in
+        left = floor(arriving * (1 - ratio)) + fused
+        return min(block.num_tokens_out, arriving, max(shape.num_prefix_tokens + 1 + fused, left))
+    full: int = getattr(block, FIELDS[dimension])
+    step: int = getattr(steps, dimension)
+    return min(full, max(step, floor(full * (1 - ratio) / step) * step))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One free number of a space: the ratio of a dimension in some blocks, which share it."""
+
+    dimension: Dimension
+    blocks: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """E.g. "neurons 1-4", blocks counted from 1."""
+        first, last = self.blocks[0] + 1, self.blocks[-1] + 1
+        return f"{self.dimension} {first}" if first == last else f"{self.dimension} {first}-{last}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The policies that a search chooses from.
+
+    Attributes:
+        dense: the model that is cut.
+        dimensions: which may be cut.
+        stages: so many groups of blocks share their ratios; None gives each block its own, as published.
+        token_blocks: blocks, counted from 1, after whose attention tokens go. They share one ratio.
+        most: the largest ratio.
+        steps: sizes are multiples of these.
+        fused: see `Policy.apply`.
+    """
+
+    dense: ViTShape
+    dimensions: Sequence[Dimension] = ("neurons", "heads", "tokens")
+    stages: int | None = 3
+    token_blocks: tuple[int, ...] = TOKEN_BLOCKS
+    most: float = 0.9
+    steps: Steps = STEPS
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dimensions:
+            raise UsageError("The policy space has no dimension.", "Name at least one.")
+        depth = self.dense.depth
+        if self.stages is not None and not 1 <= self.stages <= depth:
+            raise UsageError(
+                f"{self.stages} stages do not fit a model of {depth} blocks.",
+                f"Choose from 1 to {depth}.",
+            )
+        outside = [b for b in self.token_blocks if not 1 <= b <= depth]
+        if "tokens" in self.dimensions and (outside or not self.token_blocks):
+            raise UsageError(
+                f"Tokens cannot go in blocks {outside or 'of none'}: the model has {depth}.",
+                f"Choose from 1 to {depth}.",
+            )
+        if not 0 < self.most < 1:
+            raise UsageError(f"The largest ratio {self.most} is not between 0 and 1.", "Give 0.9.")
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The free numbers."""
+        found: list[Parameter] = []
+        for dimension in CUT:
+            if dimension not in self.dimensions:
+                continue
+            if dimension == "tokens":
+                where = tuple(sorted({block - 1 for block in self.token_blocks}))
+                found.append(Parameter(dimension, where))
+            else:
+                found += [Parameter(dimension, group) for group in self._groups()]
+        return tuple(found)
+
+    def _groups(self) -> list[tuple[int, ...]]:
+        depth = self.dense.depth
+        count = depth if self.stages is None else self.stages
+        edges = [round(depth * s / count) for s in range(count + 1)]
+        return [tuple(range(a, b)) for a, b in pairwise(edges)]
+
+    def policy(self, direction: Mapping[str, float], scale: float) -> Policy:
+        """Ratios scale * value, at most `most`.
+
+        Args:
+            direction: a value from 0 to 1 for the name of each parameter.
+        """
+        ratios: dict[str, list[float]] = {}
+        for parameter in self.parameters:
+            own = ratios.setdefault(parameter.dimension, [0.0] * self.dense.depth)
+            value = max(LEAST, direction[parameter.name])
+            for block in parameter.blocks:
+                own[block] = min(self.most, scale * value)
+        return Policy(**{name: tuple(values) for name, values in ratios.items()})
+
+    def on_budget(self, direction: Mapping[str, float], metric: str, limit: int) -> ViTShape:
+        """The sizes that a direction leads to within a budget; single units that still fit are given back.
+
+        Raises:
+            BudgetError: when even the largest ratios everywhere leave too much.
+        """
+        self.require_reachable(metric, limit)
+        low, high = 0.0, self.most / LEAST  # where every ratio is the largest
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = cost(self.shape(direction, middle), metric) <= limit
+            low, high = (low, middle) if fits else (middle, high)
+        shape = self.shape(direction, high)
+        return fill(shape, self.dense, metric, limit, self.dimensions, self.steps)
+
+    def shape(self, direction: Mapping[str, float], scale: float) -> ViTShape:
+        """The sizes at a scale."""
+        return self.policy(direction, scale).apply(self.dense, self.steps, fused=self.fused)
+
+    def require_reachable(self, metric: str, limit: int) -> None:
+        """Tell whether any policy of the space meets a budget.
+
+        Raises:
+            BudgetError: when none does.
+        """
+        least = self.shape({p.name: 1.0 for p in self.parameters}, self.most)
+        if cost(least, metric) > limit:
+            raise BudgetError(
+                f"No policy meets {limit:,} {metric}: with the largest ratios everywhere the model has "
+                f"{cost(least, metric):,}.",
+                "Ask for more, or allow more dimensions or larger ratios.",
+            )

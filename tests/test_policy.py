@@ -1,0 +1,128 @@
+"""Policies, and directions that land on a budget."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import build
+from vitailor.budget import cost
+from vitailor.errors import BudgetError, UsageError
+from vitailor.hosts import shape_of
+from vitailor.policy import Policy, Space
+from vitailor.shape import ViTShape
+from vitailor.sizes import Steps
+
+ONES = Steps(tokens=1, qk=1, v=1, neurons=1, heads=1)
+#: Ratios that the paper's authors released for DeiT-S at 40% of its MACs.
+NEURONS = (
+    0.12237108874196195, 0.0016794058589378435, 0.012005382829619993, 0.4906234312878825,
+    0.10388374301953818, 0.32759023302933327, 0.020071736058675516, 0.26372455118527965,
+    0.024650168550521934, 0.3719701291610246, 0.33795538016728416, 0.32449325124705586,
+)  # fmt: skip
+HEADS = (
+    0.07641353049968264, 0.05489026765880206, 0.11644351795005797, 0.211892036592978,
+    0.10277295497512584, 0.04059573685727791, 0.07933396548132304, 0.08570715841196291,
+    0.2767074423853168, 0.16642825871548983, 0.134454033467508, 0.1596743366205926,
+)  # fmt: skip
+TOKENS = 0.4880722732779675
+
+
+def released_macs(shape: ViTShape, ratio: float) -> int:
+    """MACs as the released code counts them: blocks alone, tokens without the fused ones."""
+    total, dim = 0, shape.embed_dim
+    head = dim // 6
+    tokens = [int(197 * (1 - ratio) ** (i // 3)) for i in range(12)]
+    for i, block in enumerate(shape.blocks):
+        arriving = tokens[i - 1] if i in (3, 6, 9) else tokens[i]
+        total += 2 * tokens[i] * dim * block.mlp_dim
+        total += block.num_heads * (4 * dim * head * arriving + 2 * arriving**2 * head)
+    return total
+
+
+def deit_small() -> ViTShape:
+    import torch
+
+    with torch.device("meta"):
+        return shape_of(timm.create_model("deit_small_patch16_224"))
+
+
+def test_the_released_policy_gives_the_released_sizes():
+    dense = deit_small()
+    tokens = tuple(TOKENS if i in (3, 6, 9) else 0.0 for i in range(12))
+    policy = Policy(neurons=NEURONS, heads=HEADS, tokens=tokens)
+    shape = policy.apply(dense, ONES, fused=True)
+    assert [b.num_heads for b in shape.blocks] == [5, 5, 5, 4, 5, 5, 5, 5, 4, 5, 5, 5]
+    assert [b.mlp_dim for b in shape.blocks] == [
+        1348, 1533, 1517, 782, 1376, 1032, 1505, 1130, 1498, 964, 1016, 1037,
+    ]  # fmt: skip
+    assert [b.num_tokens_out for b in shape.blocks] == [197] * 3 + [101] * 3 + [52] * 3 + [27] * 3
+    assert released_macs(dense, 0.0) == pytest.approx(4.541e9, abs=5e5)
+    assert released_macs(shape, TOKENS) == pytest.approx(1.863e9, abs=5e5)
+    # The whole model, fused tokens too, is counted by us; patch embedding and head are in it.
+    assert released_macs(shape, TOKENS) < shape.macs < 1.1 * released_macs(shape, TOKENS)
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def direction(space: Space, values: list[float]) -> dict[str, float]:
+    return {p.name: v for p, v in zip(space.parameters, values, strict=False)}
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=25, max_size=25),
+    st.sampled_from(["macs", "params"]),
+    st.floats(0.35, 0.98),
+    st.sampled_from([1, 2, None]),
+    st.booleans(),
+)
+def test_every_direction_lands_on_the_budget(values, metric, keep, stages, fused):
+    dense = shape_of(build(depth=4, num_heads=4))
+    dimensions = ("neurons", "heads", "tokens") if metric == "macs" else ("neurons", "heads")
+    space = Space(dense, dimensions, stages, token_blocks=(2, 3), steps=ONES, fused=fused)
+    limit = int(keep * cost(dense, metric))
+    shape = space.on_budget(direction(space, values), metric, limit)
+    assert cost(shape, metric) <= limit
+    shape.with_blocks(shape.blocks)  # valid
+    # Within one of the smallest units: no neuron fits any more where one is missing.
+    for i, block in enumerate(shape.blocks):
+        if block.mlp_dim < dense.blocks[i].mlp_dim:
+            more = block.model_copy(update={"mlp_dim": block.mlp_dim + 1})
+            blocks = (*shape.blocks[:i], more, *shape.blocks[i + 1 :])
+            assert cost(shape.with_blocks(blocks), metric) > limit
+
+
+def test_directions_are_free_and_scale_is_not():
+    dense = deit_small()
+    space = Space(dense)
+    assert [p.name for p in space.parameters] == [
+        "neurons 1-4", "neurons 5-8", "neurons 9-12", "heads 1-4", "heads 5-8", "heads 9-12",
+        "tokens 4-10",
+    ]  # fmt: skip
+    limit = int(0.5 * dense.macs)
+    values = [0.9, 0.5, 0.2, 0.1, 0.3, 0.6, 0.4]
+    half = [v / 2 for v in values]
+    shapes = [space.on_budget(direction(space, v), "macs", limit) for v in (values, half)]
+    assert shapes[0] == shapes[1]
+    early, late = (shapes[0].blocks[i].mlp_dim for i in (0, 11))
+    assert early < late
+    assert len(Space(dense, stages=None).parameters) == 25
+    more = Space(dense, ("neurons", "heads", "qk", "v", "tokens"), stages=1)
+    assert [p.dimension for p in more.parameters] == ["neurons", "heads", "qk", "v", "tokens"]
+
+
+def test_what_cannot_be_is_refused():
+    dense = shape_of(build())
+    with pytest.raises(BudgetError, match="No policy meets"):
+        Space(dense, ("heads",), stages=1).on_budget({"heads 1-2": 1.0}, "macs", dense.macs // 10)
+    with pytest.raises(UsageError, match="stages do not fit"):
+        Space(dense, stages=5, token_blocks=(1,))
+    with pytest.raises(UsageError, match="cannot go in blocks"):
+        Space(dense, stages=1, token_blocks=(7,))
+    with pytest.raises(UsageError, match="no dimension"):
+        Space(dense, ())
+    with pytest.raises(UsageError, match="for 3 blocks"):
+        Policy(heads=(0.1, 0.1, 0.1)).apply(dense, ONES)
+    with pytest.raises(ValueError, match="different numbers"):
+        Policy(heads=(0.1,), neurons=(0.1, 0.2))
