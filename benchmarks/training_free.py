@@ -274,10 +274,11 @@ def table(rows: list[dict], dense: dict, keep: float) -> list[str]:
     for row in sorted(met, key=lambda r: (r is not ours, -r["top1"])):
         kept = row["macs"]["after"] / row["macs"]["before"]
         versus = "" if row is ours else span(on(row, ours, dense), on(row, row, dense))
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(
             f"| {row['method']} | {row['macs']['after'] / 1e6:.0f} | {kept:.3f} | {row['top1']:.2f} | "
             f"{row['images']:,} | {span(on(row, row, dense), on(row, dense, dense))} | {versus} | "
-            f"{row['seconds']:.0f} |"
+            f"{seconds} |"
         )
     lines += [f"| {row['method']} | cannot go so low | | | | | | |" for row in short]
     return [*lines, ""]
