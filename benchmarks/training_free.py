@@ -67,6 +67,7 @@ CASES = {
         "imagenet/calibration",
         "imagenet/validation",
         (0.6, 0.5),
+        images=1000,
     ),
 }
 
@@ -236,8 +237,8 @@ def page(rows: list[dict]) -> str:
         "Differences are in points of top-1, paired on the same images, with 95% intervals (Bonett and",
         "Price's adjusted interval for paired proportions). MACs are of the whole model. Calibration, "
         "allocation",
-        "and tuning see 512 unlabeled training images; validation images are used for nothing but these "
-        "figures.",
+        "and tuning see unlabeled training images, 512 or as many as said; validation images are used for "
+        "nothing but these figures.",
         "",
     ]
     for name, case in CASES.items():
@@ -249,7 +250,8 @@ def page(rows: list[dict]) -> str:
         lines += [
             f"### {case.title}",
             "",
-            f"Dense: {dense['top1']:.2f} (95% {low:.2f} to {high:.2f}, n = {dense['images']:,}).",
+            f"Dense: {dense['top1']:.2f} (95% {low:.2f} to {high:.2f}, n = {dense['images']:,}). "
+            f"Calibration: {case.images:,} images.",
             "",
         ]
         for keep in case.keeps:
