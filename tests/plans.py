@@ -43,6 +43,8 @@ def block_plans(
         num_tokens_out=draw(maybe(st.integers(shape.num_prefix_tokens + 1, arriving)))
         if tokens
         else None,
+        # Selection asks the heads that are left, which no mask imitates.
+        fuses=tokens and heads is None and draw(st.booleans()),
     )
     if not ranks:
         return plan

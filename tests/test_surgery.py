@@ -55,7 +55,7 @@ def assert_equal(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> N
 
 @torch.no_grad()
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
-    """The dense model with what the plan removes set to zero, and merging as in the plan."""
+    """The dense model with what the plan removes set to zero, and as few tokens as in the plan."""
     model = copy.deepcopy(model)
     for block, p in zip(model.blocks, plan.blocks, strict=True):
         attn, mlp = block.attn, block.mlp
@@ -77,8 +77,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             attn.qkv.weight.mul_(indicator(p.attn_features, attn.qkv.in_features))
         if p.mlp_features is not None:
             mlp.fc1.weight.mul_(indicator(p.mlp_features, mlp.fc1.in_features))
-    merging = tuple(BlockPlan(num_tokens_out=p.num_tokens_out) for p in plan.blocks)
-    return surgery.apply(model, plan.model_copy(update={"blocks": merging}))
+    fewer = tuple(BlockPlan(num_tokens_out=p.num_tokens_out, fuses=p.fuses) for p in plan.blocks)
+    return surgery.apply(model, plan.model_copy(update={"blocks": fewer}))
 
 
 def indicator(kept: tuple[int, ...], n: int) -> Tensor:

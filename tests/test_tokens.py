@@ -86,6 +86,71 @@ def test_regather_inverts_unmerge(case):
     assert again.source is state.source
 
 
+@st.composite
+def selections(draw: st.DrawFn) -> dict:
+    prefix, patches = draw(st.integers(0, 3)), draw(st.integers(2, 20))
+    first = draw(st.integers(prefix + 1, prefix + patches - 1))
+    second = draw(st.integers(prefix + 1, first))
+    x = random(2, prefix + patches, 4, seed=draw(st.integers(0, 99)))
+    return {"x": x, "prefix": prefix, "outs": (first, second), "sized": draw(st.booleans())}
+
+
+@given(selections())
+def test_selection_keeps_what_gets_attention_and_averages_the_rest(case):
+    x, prefix, sized = case["x"], case["prefix"], case["sized"]
+    state = tokens.start(x)
+    if sized:
+        state = tokens.Tokens(x, x.new_ones(x.shape[:2]), None)
+    for n in case["outs"]:
+        before, score = state, random(2, state.x.shape[1], seed=n).softmax(-1)
+        state = tokens.fuse(state, n, prefix, score)
+        if n == before.x.shape[1]:
+            assert state is before
+            continue
+        for b in range(2):
+            ranked = sorted(range(prefix, before.x.shape[1]), key=lambda i: -float(score[b, i]))
+            kept = [*range(prefix), *sorted(ranked[: n - prefix - 1])]
+            gone = ranked[n - prefix - 1 :]
+            assert len(gone) >= 2
+            assert torch.equal(state.x[b, :-1], before.x[b, kept])
+            weight = before.size[b, gone] if sized else torch.ones(len(gone)).double()
+            mean = (weight.unsqueeze(1) * before.x[b, gone]).sum(0) / weight.sum()
+            torch.testing.assert_close(state.x[b, -1], mean)
+            if sized:
+                assert torch.equal(state.size[b, :-1], before.size[b, kept])
+                assert state.size[b, -1] == weight.sum()
+    assert (state.size is None) == (not sized)
+    if state.source is not None:
+        spread = tokens.unmerge(state)
+        again = tokens.regather(state.detached(), spread)
+        assert torch.equal(again.x, state.x)
+        assert torch.equal(spread[:, :prefix], x[:, :prefix])
+        if sized:
+            assert torch.equal(F.one_hot(state.source, state.x.shape[1]).sum(1), state.size.long())
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_selected_tokens_are_those_that_the_class_token_or_the_mean_query_looks_at(pool):
+    model = build("vit_tiny_patch16_224", depth=2, global_pool=pool, class_token=pool == "token")
+    shape = shape_of(model)
+    first = BlockPlan(num_tokens_out=5, fuses=True)
+    small = surgery.apply(model, Plan(blocks=(first, BlockPlan())))
+    x = images(model)
+    block, embedded = model.blocks[0], model._pos_embed(model.patch_embed(x))
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(embedded)).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+    asking = q[:, :1] if pool == "token" else q.mean(1, keepdim=True)
+    row = torch.einsum("bqhk,bnhk->bhqn", asking * attn.scale, k).softmax(-1).mean(1)[:, 0]
+    state = tokens.fuse(tokens.start(block(embedded)), 5, shape.num_prefix_tokens, row)
+    half = embedded + block.attn(block.norm1(embedded))
+    expected = tokens.fuse(tokens.start(half), 5, shape.num_prefix_tokens, row)
+    expected = expected.replace(expected.x + block.mlp(block.norm2(expected.x)))
+    got = small.blocks.step(0, tokens.start(embedded))
+    torch.testing.assert_close(got.x, expected.x)
+    assert torch.equal(got.source, state.source)
+    assert got.size is None
+
+
 def test_detached_bookkeeping_holds_no_features():
     state = merged(random(1, 6, 4).requires_grad_(), 4)
     assert state.detached().x.numel() == 0
@@ -338,7 +403,7 @@ def test_class_attention_is_the_first_row_of_attention():
     small = surgery.apply(model, Plan(blocks=(BlockPlan(num_tokens_out=6), BlockPlan())))
     block = small.blocks.block(0)
     x, bias = random(2, 10, 16), random(2, 1, 1, 10)
-    y, row = block.attn(x, attn_mask=bias, with_first_row=True)
+    y, row = block.attn(x, attn_mask=bias, asks="first")
     torch.testing.assert_close(y, block.attn(x, attn_mask=bias))
     q, k, _ = block.attn.heads(x)
     logits = block.attn.scale * torch.einsum("bhnk,bhmk->bhnm", q, k) + bias

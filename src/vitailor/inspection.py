@@ -73,6 +73,7 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
     for i, b in enumerate(shape.blocks):
         merges = b.num_tokens_out < b.num_tokens_in
         tokens = f"{b.num_tokens_in} > {b.num_tokens_out}" if merges else f"{b.num_tokens_in}"
+        tokens += " fused" if b.fuses else ""
         read = [f"{b.attn_features or shape.embed_dim}, {b.mlp_features or shape.embed_dim}"]
         widths = (b.num_heads, b.qk_dim, b.v_dim, b.mlp_dim, *(read if reads else []))
         sizes = (i, *widths, tokens, _ranks(b.ranks))

@@ -6,7 +6,7 @@ Shape suffixes: B batch, N tokens, D embed_dim, H heads, K query/key dim per hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,17 +168,18 @@ class Attention(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        with_first_row: bool = False,
+        asks: Literal["first", "mean"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, D); and if asked for, (B, N) how much the first token attends to every token: the mean
-        over heads of the first row of attention, without gradient."""
+        """(B, N, D); and if asked for, (B, N) how much the first token, or one of the mean query, attends to
+        every token: the mean over heads of its row of attention, without gradient."""
         q, k, v = self.heads(x)
         z_BHNV = self.mix(q, k, v, attn_mask, is_causal)
         out = cast(Tensor, self.proj_drop(self.proj(z_BHNV.transpose(1, 2).flatten(2))))
-        if not with_first_row:
+        if asks is None:
             return out
         with torch.no_grad():
-            logits = (self.scale * q[:, :, :1]) @ k.transpose(-1, -2)
+            asking = q[:, :, :1] if asks == "first" else q.mean(2, keepdim=True)
+            logits = (self.scale * asking) @ k.transpose(-1, -2)
             logits = logits if attn_mask is None else logits + attn_mask
             return out, logits.float().softmax(-1).mean(1).squeeze(1)
 
@@ -187,8 +188,9 @@ class Block(nn.Module):
     """A pre-norm transformer block whose two halves can be run apart, with tokens merged in between.
 
     It takes over the children of the host's block under timm's names, so that state dicts keep their
-    keys. `num_tokens_out` is the number of tokens left after the attention half, `match_features` the
-    features by which they are compared for merging, or None for all.
+    keys. `num_tokens_out` is the number of tokens left after the attention half, `fuses` whether those
+    that go become one, `match_features` the features by which they are compared for merging, or None for
+    all.
     """
 
     norm1: nn.Module
@@ -207,11 +209,12 @@ class Block(nn.Module):
         num_tokens_in: int,
         num_tokens_out: int,
         match_features: int | None = None,
+        fuses: bool = False,
     ) -> None:
         super().__init__()
         for name in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
             self.add_module(name, children[name])
-        self.num_tokens_in, self.num_tokens_out = num_tokens_in, num_tokens_out
+        self.num_tokens_in, self.num_tokens_out, self.fuses = num_tokens_in, num_tokens_out, fuses
         self.register_buffer("match_features", None)
         self.compare_by(match_features)
 
@@ -231,26 +234,29 @@ class Block(nn.Module):
     def attend_and_merge(
         self, state: Tokens, num_out: int, num_prefix: int, matching: Matching
     ) -> Tokens:
-        """The attention half, then merging until `num_out` tokens are left (`tokens.merge`).
+        """The attention half, then `tokens.merge` or `tokens.fuse` until `num_out` tokens are left.
 
-        Tokens are compared by what the MLP is about to read, which costs no projection and does not
+        To be merged, tokens are compared by what the MLP is about to read, which costs no projection and does not
         depend on how queries and keys were factored.
         """
         bias = tokens.attention_bias(state)
         if num_out == state.x.shape[1]:
             return state.replace(self.attend(state.x, bias))
-        first_BN = None
-        if matching == "attention" and num_prefix:
-            y, first_BN = self.attn(self.norm1(state.x), attn_mask=bias, with_first_row=True)
+        row_BN = None
+        if self.fuses or (matching == "attention" and num_prefix):
+            asks = "first" if num_prefix else "mean"
+            y, row_BN = self.attn(self.norm1(state.x), attn_mask=bias, asks=asks)
             state = state.replace(self._added(state.x, y))
         else:
             state = state.replace(self.attend(state.x, bias))
+        if self.fuses and row_BN is not None:
+            return tokens.fuse(state, num_out, num_prefix, row_BN)
         metric = self.norm2(state.x)
         if self.match_features is not None:
             # Gathering with an index for every token is several times faster than indexing here.
             index = self.match_features.expand(*metric.shape[:2], -1)
             metric = metric.gather(2, index)
-        return tokens.merge(state, metric, num_out, num_prefix, matching, first_BN)
+        return tokens.merge(state, metric, num_out, num_prefix, matching, row_BN)
 
     def _added(self, x_BND: Tensor, y_BND: Tensor) -> Tensor:
         return cast(Tensor, x_BND + self.drop_path1(self.ls1(y_BND)))

@@ -45,6 +45,7 @@ def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan
         attn_features=_features(order.attn_features, target.attn_features, dense.attn_features),
         mlp_features=_features(order.mlp_features, target.mlp_features, dense.mlp_features),
         num_tokens_out=target.num_tokens_out if merges else None,
+        fuses=target.fuses and merges,
         ranks=target.ranks,
     )
 

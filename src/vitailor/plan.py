@@ -37,6 +37,7 @@ class BlockPlan(Facts):
         neurons: kept hidden units of the MLP.
         attn_features, mlp_features: normalised input features that qkv and fc1 still read.
         num_tokens_out: tokens left after the attention half, prefix included.
+        fuses: tokens that go become one (`tokens.fuse`), instead of being merged in pairs.
         ranks: ranks at which projections are factored.
     """
 
@@ -47,6 +48,7 @@ class BlockPlan(Facts):
     attn_features: Indices | None = None
     mlp_features: Indices | None = None
     num_tokens_out: Positive | None = None
+    fuses: bool = False
     ranks: Ranks = DENSE
 
     @model_validator(mode="after")
@@ -94,7 +96,7 @@ class BlockPlan(Facts):
                 )
             for dims in per_head or ():
                 _count(dims, limit, f"{where}.{name}")
-        tokens_out = num_tokens_in
+        tokens_out, fuses = num_tokens_in, self.fuses
         if self.num_tokens_out is not None:
             tokens_out = self.num_tokens_out
             if tokens_out > num_tokens_in:
@@ -104,7 +106,7 @@ class BlockPlan(Facts):
                 )
         elif block.num_tokens_out < block.num_tokens_in:
             # The model already merges here: keep its target as far as that is possible.
-            tokens_out = min(block.num_tokens_out, num_tokens_in)
+            tokens_out, fuses = min(block.num_tokens_out, num_tokens_in), block.fuses
         attn_in = block.attn_features
         if self.attn_features is not None:
             attn_in = _count(self.attn_features, attn_in or embed_dim, f"{where}.attn_features")
@@ -118,6 +120,7 @@ class BlockPlan(Facts):
             mlp_dim=_count(self.neurons, block.mlp_dim, f"{where}.neurons"),
             num_tokens_in=num_tokens_in,
             num_tokens_out=tokens_out,
+            fuses=fuses and tokens_out < num_tokens_in,
             attn_features=attn_in,
             mlp_features=mlp_in,
         )

@@ -78,7 +78,16 @@ class Policy(Facts):
                 if ratio > 0:
                     size = _kept(shape, i, dimension, ratio, steps, fused)
                     shape = with_size(shape, i, dimension, size)
-        return shape
+        return _fusing(shape) if fused else shape
+
+
+def _fusing(shape: ViTShape) -> ViTShape:
+    """The shape with tokens that go fused instead of merged."""
+    return shape.with_blocks(
+        tuple(
+            b.model_copy(update={"fuses": b.num_tokens_out < b.num_tokens_in}) for b in shape.blocks
+        )
+    )
 
 
 def _kept(

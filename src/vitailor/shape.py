@@ -90,6 +90,7 @@ class BlockShape(Facts):
         mlp_dim: hidden units of the MLP.
         num_tokens_in: tokens (prefix included) entering the block and its attention.
         num_tokens_out: tokens leaving the attention half, seen by the MLP and the next block.
+        fuses: tokens that go become one token (`tokens.fuse`), instead of being merged in pairs.
         attn_features, mlp_features: how many normalised input features the qkv and fc1 projections
             read; None means all of them, without a gather.
         ranks: ranks of factored projections.
@@ -101,6 +102,7 @@ class BlockShape(Facts):
     mlp_dim: Positive
     num_tokens_in: Positive
     num_tokens_out: Positive
+    fuses: bool = False
     attn_features: Positive | None = None
     mlp_features: Positive | None = None
     ranks: Ranks = DENSE
@@ -218,15 +220,16 @@ class ViTShape(Facts):
         b = self.blocks[index]
         n, m = b.num_tokens_in, b.num_tokens_out
         per_token, per_pair = self.attention_macs(b)
-        merging = self.merging_macs(n, m, b.num_heads * b.qk_dim)
+        merging = self.merging_macs(n, m, b.num_heads * b.qk_dim, b.fuses)
         return n * per_token + n * n * per_pair + m * self.mlp_macs(b) + merging
 
-    def merging_macs(self, before: int, after: int, queries: int) -> int:
-        """MACs of merging `before` into `after` tokens in a block with that many query features."""
+    def merging_macs(self, before: int, after: int, queries: int, fuses: bool = False) -> int:
+        """MACs of going from `before` to `after` tokens in a block with that many query features."""
         if after == before:
             return 0
+        if fuses:
+            return before * queries  # one row of attention, computed once more
         pairs = similarity_pairs(before - self.num_prefix_tokens, before - after, self.matching)
-        # Class attention is the first row of attention, computed once more.
         row = before * queries if self.matching == "attention" and self.num_prefix_tokens else 0
         return pairs * (self.match_features or self.embed_dim) + row
 

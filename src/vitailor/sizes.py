@@ -60,6 +60,12 @@ def with_size(shape: ViTShape, index: int, dimension: Dimension, size: int) -> V
         block = blocks[i]
         leaving = size if i == index else arriving - (block.num_tokens_in - block.num_tokens_out)
         leaving = max(min(floor, arriving), min(leaving, arriving))
-        blocks[i] = block.model_copy(update={"num_tokens_in": arriving, "num_tokens_out": leaving})
+        blocks[i] = block.model_copy(
+            update={
+                "num_tokens_in": arriving,
+                "num_tokens_out": leaving,
+                "fuses": block.fuses and leaving < arriving,
+            }
+        )
         arriving = leaving
     return shape.model_copy(update={"blocks": tuple(blocks)})

@@ -1,8 +1,9 @@
-"""Token merging as pure functions: bipartite soft matching and its inverse.
+"""Fewer tokens as pure functions: merging by bipartite soft matching, selection with one fused token, and back.
 
-After ToMe (Bolya et al., arXiv 2210.09461): tokens that resemble each other are averaged, weighted by
-how many original tokens each stands for; attention adds log(size) to the logits so that a merged token
-counts as often as its members. Prefix tokens (class, distillation, registers) are never merged.
+Merging, after ToMe (Bolya et al., arXiv 2210.09461): tokens that resemble each other are averaged, weighted
+by how many original tokens each stands for; attention adds log(size) to the logits so that a merged token
+counts as often as its members. Selection, after EViT (Liang et al., arXiv 2202.07800): tokens that get least
+attention become one. Prefix tokens (class, distillation, registers) always stay as they are.
 
 Shape suffixes: B batch, N tokens at hand, M original tokens, D embed_dim.
 """
@@ -24,8 +25,9 @@ class Tokens:
 
     Attributes:
         x: (B, N, D) features.
-        size: (B, N) how many original tokens each token stands for; None before the first merge.
-        source: (B, M) which of the N tokens each original token went into; None before the first merge.
+        size: (B, N) how many original tokens each token stands for; None where nothing was merged, and
+            every token counts as one.
+        source: (B, M) which of the N tokens each original token went into; None while all are there.
     """
 
     x: Tensor
@@ -37,7 +39,7 @@ class Tokens:
 
     def detached(self) -> Tokens:
         """The bookkeeping without features or their graph."""
-        return Tokens(self.x.new_empty(0), self.size, self.source)
+        return Tokens(self.x.new_empty(*self.x.shape[:2], 0), self.size, self.source)
 
 
 def start(x_BND: Tensor) -> Tokens:
@@ -60,11 +62,11 @@ def unmerge(tokens: Tokens) -> Tensor:
 
 def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
     """Inverse of `unmerge`: picks one original token for each merged one from spread-out features."""
-    if tokens.source is None or tokens.size is None:
+    if tokens.source is None:
         return Tokens(x_BMD)
     batch, original = tokens.source.shape
     positions = torch.arange(original, device=x_BMD.device).expand(batch, -1)
-    member = torch.zeros_like(tokens.size, dtype=torch.long).scatter(1, tokens.source, positions)
+    member = tokens.source.new_zeros(tokens.x.shape[:2]).scatter(1, tokens.source, positions)
     x = x_BMD.gather(1, member.unsqueeze(-1).expand(-1, -1, x_BMD.shape[-1]))
     return Tokens(x, tokens.size, tokens.source)
 
@@ -134,6 +136,36 @@ def merge(
     x = _sum_into(tokens.x * size.unsqueeze(-1).to(tokens.x.dtype), target, n) / total.unsqueeze(-1)
     source = target if tokens.source is None else target.gather(1, tokens.source)
     return Tokens(x, total, source)
+
+
+def fuse(tokens: Tokens, num_out: int, num_prefix: int, attention_BN: Tensor) -> Tokens:
+    """Keep the patch tokens that get most attention, in their old order; all others become one, their mean, at
+    the end.
+
+    Token selection of "Multi-Dimensional Model Compression of Vision Transformer" (arXiv 2201.00043). A token
+    that was fused before is one like any other. Where sizes are known, the mean is weighted by them and the
+    fused token has their sum; else it counts as one, as published.
+
+    Args:
+        num_out: tokens left, prefix and fused token included.
+        attention_BN: (B, N) how much attention each token gets.
+    """
+    x, n, p = tokens.x, tokens.x.shape[1], num_prefix
+    if n == num_out:
+        return tokens
+    chosen = attention_BN[:, p:].topk(num_out - p - 1).indices.sort().values + p
+    first = torch.arange(p, device=x.device).expand(len(x), -1)
+    kept = torch.cat([first, chosen], dim=1)
+    gone_BN = sizes(tokens).scatter(1, kept, 0)
+    total = gone_BN.sum(1, keepdim=True)
+    weight_BN = (gone_BN / total).to(x.dtype)
+    fused = (weight_BN.unsqueeze(-1) * x).sum(1, keepdim=True)
+    x = torch.cat([x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])), fused], dim=1)
+    places = torch.arange(num_out - 1, device=x.device).expand(len(x), -1)
+    step = kept.new_full((len(x), n), num_out - 1).scatter(1, kept, places)
+    size = None if tokens.size is None else torch.cat([tokens.size.gather(1, kept), total], dim=1)
+    source = step if tokens.source is None else step.gather(1, tokens.source)
+    return Tokens(x, size, source)
 
 
 def affinity(metric_BNM: Tensor, weight_BN: Tensor | None) -> Tensor:

@@ -145,6 +145,7 @@ class TimmViT:
                         s.num_tokens_in,
                         s.num_tokens_out,
                         shape.match_features,
+                        s.fuses,
                     )
                     for b, s in zip(host.blocks, shape.blocks, strict=True)
                 ],
@@ -167,6 +168,7 @@ class TimmViT:
             _resize_mlp(part.mlp, shape, want)
         if isinstance(block, layers.Block):
             block.num_tokens_in, block.num_tokens_out = want.num_tokens_in, want.num_tokens_out
+            block.fuses = want.fuses
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -317,6 +319,7 @@ def _block_shape(
         mlp_dim=mlp.fc1.out_features,
         num_tokens_in=num_tokens_in,
         num_tokens_out=num_tokens_out,
+        fuses=isinstance(block, layers.Block) and block.fuses and num_tokens_out < num_tokens_in,
         attn_features=_width(_features(attn.qkv if _fused(attn) else attn.q)),
         mlp_features=_width(_features(mlp.fc1)),
         ranks=Ranks(
