@@ -76,11 +76,13 @@ def direction(space: Space, values: list[float]) -> dict[str, float]:
     st.floats(0.35, 0.98),
     st.sampled_from([1, 2, None]),
     st.booleans(),
+    st.booleans(),
 )
-def test_every_direction_lands_on_the_budget(values, metric, keep, stages, fused):
+def test_every_direction_lands_on_the_budget(values, metric, keep, stages, nearest, fused):
     dense = shape_of(build(depth=4, num_heads=4))
     dimensions = ("neurons", "heads", "tokens") if metric == "macs" else ("neurons", "heads")
-    space = Space(dense, dimensions, stages, token_blocks=(2, 3), steps=ONES, fused=fused)
+    rounding = {"nearest": nearest, "fused": fused}
+    space = Space(dense, dimensions, stages, token_blocks=(2, 3), steps=ONES, **rounding)
     limit = int(keep * cost(dense, metric))
     shape = space.on_budget(direction(space, values), metric, limit)
     assert cost(shape, metric) <= limit
@@ -91,6 +93,13 @@ def test_every_direction_lands_on_the_budget(values, metric, keep, stages, fused
             more = block.model_copy(update={"mlp_dim": block.mlp_dim + 1})
             blocks = (*shape.blocks[:i], more, *shape.blocks[i + 1 :])
             assert cost(shape.with_blocks(blocks), metric) > limit
+
+
+def test_rounded_to_the_nearest_a_small_ratio_takes_no_head():
+    dense = shape_of(build(depth=2, num_heads=4))
+    policy = Policy(heads=(0.1, 0.3))
+    assert [b.num_heads for b in policy.apply(dense, ONES).blocks] == [3, 2]
+    assert [b.num_heads for b in policy.apply(dense, ONES, nearest=True).blocks] == [4, 3]
 
 
 def test_directions_are_free_and_scale_is_not():

@@ -19,6 +19,7 @@ _HOMES = {
     "DataError": "errors",
     "Hybrid": "methods",
     "LowRank": "methods",
+    "MultiDim": "methods",
     "Plan": "plan",
     "PlanError": "errors",
     "Preprocessing": "preprocessing",
@@ -41,6 +42,7 @@ _HOMES = {
     "push_to_hub": "artifact",
     "report": "reporting",
     "save": "artifact",
+    "search": "searching",
     "shape_of": "hosts",
     "train": "trainer",
 }
@@ -64,10 +66,11 @@ if TYPE_CHECKING:
     from .evaluation import Accuracy, evaluate, paired_difference
     from .hosts import shape_of
     from .inspection import inspect
-    from .methods import VTP, ClosedForm, Hybrid, LowRank, TokenMerge
+    from .methods import VTP, ClosedForm, Hybrid, LowRank, MultiDim, TokenMerge
     from .plan import Plan
     from .preprocessing import Preprocessing
     from .reporting import report
+    from .searching import search
     from .shape import ViTShape
     from .trainer import train
     from .training import TrainConfig
@@ -83,6 +86,7 @@ __all__ = [
     "DataError",
     "Hybrid",
     "LowRank",
+    "MultiDim",
     "Plan",
     "PlanError",
     "Preprocessing",
@@ -104,6 +108,7 @@ __all__ = [
     "push_to_hub",
     "report",
     "save",
+    "search",
     "shape_of",
     "train",
 ]

@@ -26,7 +26,7 @@ from .errors import BudgetError, DataError, UsageError
 from .evaluation import evaluate as measure_accuracy
 from .evaluation import paired_difference
 from .hosts import shape_of
-from .methods import Method, OnEvent, Task
+from .methods import Method, OnEvent, OnTrial, Task
 from .plan import Plan
 from .preprocessing import Preprocessing, resolve_preprocessing
 from .provenance import Provenance, Step, provenance_of, weights_hash
@@ -42,6 +42,7 @@ def compress(
     data: Data | None = None,
     evaluate: Data | None = None,
     train: Data | None = None,
+    reward: Data | None = None,
     class_map: ClassMap | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -51,6 +52,7 @@ def compress(
     preprocessing: Preprocessing | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_event: OnEvent | None = None,
+    on_trial: OnTrial | None = None,
 ) -> nn.Module:
     """Cut a trained Vision Transformer to a budget.
 
@@ -62,8 +64,10 @@ def compress(
             labels are ignored unless the method asks for them.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
         train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
-        class_map: class index of each class folder of `evaluate` and `train`.
-        folder: for checkpoints of training, so that it can be resumed; None for none.
+        reward: images that candidates of a search are judged on, for `MultiDim`; those that `data` holds too
+            are not calibrated on. By default some of `data`.
+        class_map: class index of each class folder of `evaluate`, `train` and `reward`.
+        folder: for checkpoints of training and the journal of a search; None for none.
         resume: go on from the checkpoints in `folder`, if there are any.
         device: where to work; the model's own device by default. The result is on the model's device.
         seed: of everything random. The same seed and thread count give the same plan on a CPU; a GPU adds
@@ -72,6 +76,7 @@ def compress(
         preprocessing: of images that are given as files; the model's own by default.
         progress: called with how much is done and how much there is.
         on_event: told about training: the stage's name and a `training.Event`.
+        on_trial: told about a search: candidates judged, how many there are to be, the best reward so far.
 
     Returns:
         A plain module of the host's class in eval mode, with its provenance as `.vitailor`.
@@ -81,8 +86,9 @@ def compress(
     """
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
     task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
     with _undisturbed(seed):
         outcome = method.run(task)
@@ -128,6 +134,7 @@ def plan_only(
     *,
     data: Data | None = None,
     train: Data | None = None,
+    reward: Data | None = None,
     class_map: ClassMap | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -137,11 +144,13 @@ def plan_only(
     preprocessing: Preprocessing | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_event: OnEvent | None = None,
+    on_trial: OnTrial | None = None,
 ) -> ViTShape:
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, device, seed, preprocessing, progress)
+    task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
     task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
 
@@ -160,6 +169,7 @@ def _prepare(
     method: Method,
     budget: Budget,
     data: Data | None,
+    class_map: ClassMap | None,
     device: str | torch.device | None,
     seed: int,
     preprocessing: Preprocessing,
@@ -169,16 +179,18 @@ def _prepare(
     method.check(shape, budget)
     images: ImageSet | None = None
     if data is not None:
-        images = open_images(data, preprocessing, seed=seed, split="train")
+        classes = shape.num_classes or None
+        images = open_images(
+            data,
+            preprocessing,
+            seed=seed,
+            num_classes=classes if method.needs_labels else None,
+            class_map=class_map if method.needs_labels else None,
+            split="train",
+        )
     elif method.needs_images:
         raise UsageError(
             f"The method '{method.name}' needs calibration images.", "Pass data=, or --calibrate."
-        )
-    if method.needs_labels and not (images is not None and images.labeled):
-        raise DataError(
-            f"The method '{method.name}' with these settings needs labels, but the calibration images "
-            "have none.",
-            "Put them in class folders, or choose settings that need no labels.",
         )
     if method.trains is not None:
         require_float32(model)
@@ -211,6 +223,9 @@ def _with_training(
 ) -> Task:
     """The task with what a method that trains needs; refused for one that does not."""
     config = method.trains
+    if method.resumable:
+        place = None if folder is None else Path(folder)
+        task = replace(task, folder=place, resume=resume, on_event=on_event)
     if config is None and train is None:
         return task
     if config is None:
@@ -230,8 +245,40 @@ def _with_training(
         labels_needed=config.needs_labels,
         split="train",
     )
-    place = None if folder is None else Path(folder)
-    return replace(task, train=images, folder=place, resume=resume, on_event=on_event)
+    return replace(task, train=images)
+
+
+def _with_reward(
+    task: Task,
+    reward: Data | None,
+    method: Method,
+    preprocessing: Preprocessing,
+    class_map: ClassMap | None,
+    on_trial: OnTrial | None,
+) -> Task:
+    """The task with what candidates of a search are judged on; and labels where the method needs them."""
+    if reward is not None:
+        if not method.searches:
+            raise UsageError(
+                f"The method '{method.name}' does not search.", "Leave the reward images out."
+            )
+        images = open_images(
+            reward,
+            preprocessing,
+            num_classes=(task.shape.num_classes or None) if method.needs_labels else None,
+            class_map=class_map,
+            labels_needed=method.needs_labels,
+            split="train",
+        )
+        task = replace(task, reward=images)
+    labels = task.data if task.reward is None else task.reward
+    if method.needs_labels and not (labels is not None and labels.labeled):
+        raise DataError(
+            f"The method '{method.name}' with these settings needs labels, but the calibration images "
+            "have none.",
+            "Put them in class folders, or choose settings that need no labels.",
+        )
+    return replace(task, on_trial=on_trial)
 
 
 def _open_test(

@@ -53,12 +53,15 @@ class Policy(Facts):
             raise ValueError(f"ratios are for different numbers of blocks: {sorted(depths)}")
         return self
 
-    def apply(self, dense: ViTShape, steps: Steps, *, fused: bool = False) -> ViTShape:
-        """The sizes left: full * (1 - ratio), rounded down to a multiple of the step.
+    def apply(
+        self, dense: ViTShape, steps: Steps, *, nearest: bool = False, fused: bool = False
+    ) -> ViTShape:
+        """The sizes left: full * (1 - ratio), rounded down to a multiple of the step; all steps 1 as published.
 
         Args:
             dense: what is cut.
-            steps: all 1 rounds as published.
+            nearest: round to the nearest multiple instead. Rounded down, the smallest ratio of heads takes a
+                whole one, which is much where there are few.
             fused: whether the tokens that go are averaged into one more, which stays.
 
         Raises:
@@ -76,7 +79,7 @@ class Policy(Facts):
                 )
             for i, ratio in enumerate(ratios):
                 if ratio > 0:
-                    size = _kept(shape, i, dimension, ratio, steps, fused)
+                    size = _kept(shape, i, dimension, ratio, steps, nearest, fused)
                     shape = with_size(shape, i, dimension, size)
         return _fusing(shape) if fused else shape
 
@@ -91,16 +94,22 @@ def _fusing(shape: ViTShape) -> ViTShape:
 
 
 def _kept(
-    shape: ViTShape, i: int, dimension: Dimension, ratio: float, steps: Steps, fused: bool
+    shape: ViTShape,
+    i: int,
+    dimension: Dimension,
+    ratio: float,
+    steps: Steps,
+    nearest: bool,
+    fused: bool,
 ) -> int:
-    block = shape.blocks[i]
+    block, half = shape.blocks[i], 0.5 if nearest else 0.0
     if dimension == "tokens":
         arriving = block.num_tokens_in
-        left = floor(arriving * (1 - ratio)) + fused
+        left = floor(arriving * (1 - ratio) + half) + fused
         return min(block.num_tokens_out, arriving, max(shape.num_prefix_tokens + 1 + fused, left))
     full: int = getattr(block, FIELDS[dimension])
     step: int = getattr(steps, dimension)
-    return min(full, max(step, floor(full * (1 - ratio) / step) * step))
+    return min(full, max(step, floor(full * (1 - ratio) / step + half) * step))
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Space:
         token_blocks: blocks, counted from 1, after whose attention tokens go. They share one ratio.
         most: the largest ratio.
         steps: sizes are multiples of these.
-        fused: see `Policy.apply`.
+        nearest, fused: see `Policy.apply`.
     """
 
     dense: ViTShape
@@ -137,6 +146,7 @@ class Space:
     token_blocks: tuple[int, ...] = TOKEN_BLOCKS
     most: float = 0.9
     steps: Steps = STEPS
+    nearest: bool = False
     fused: bool = False
 
     def __post_init__(self) -> None:
@@ -208,7 +218,8 @@ class Space:
 
     def shape(self, direction: Mapping[str, float], scale: float) -> ViTShape:
         """The sizes at a scale."""
-        return self.policy(direction, scale).apply(self.dense, self.steps, fused=self.fused)
+        policy = self.policy(direction, scale)
+        return policy.apply(self.dense, self.steps, nearest=self.nearest, fused=self.fused)
 
     def require_reachable(self, metric: str, limit: int) -> None:
         """Tell whether any policy of the space meets a budget.

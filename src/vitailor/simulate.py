@@ -7,7 +7,7 @@ block of the dense model are remembered, so that a change in block i costs only 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -54,8 +54,11 @@ class Simulator:
         compared: by how many features they are compared; None for all.
         any_start: hold the dense tokens before every block in memory, so that trials may start at any;
             else at the first block only.
+        reference: whose outputs are the measure; None for the model's own.
+        remember: whether blocks that were cut are kept for later trials of the same sizes; without, only
+            while a trial runs.
 
-    Harm is the mean `divergence` of the outputs from the dense model's.
+    Harm is the mean `divergence` of the outputs from the reference's.
     """
 
     def __init__(
@@ -68,7 +71,10 @@ class Simulator:
         matching: Matching = "ward",
         compared: int | None = None,
         any_start: bool = True,
+        reference: nn.Module | None = None,
+        remember: bool = True,
     ) -> None:
+        self.remember = remember
         self.model, self.moments, self.orders, self.ridge = model, moments, orders, ridge
         self.host = host_of(model)
         own = self.host.describe(model)
@@ -83,6 +89,7 @@ class Simulator:
         self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
         self._states: list[list[tokens.Tokens]] = []
         self._truth: list[Tensor] = []
+        self._labels: list[Tensor] = []
         blocks = [self._block(i, self.dense.blocks[i]) for i in range(self.dense.depth)]
         with torch.inference_mode():
             for batch in batches:
@@ -93,7 +100,11 @@ class Simulator:
                     if any_start:
                         states.append(state)
                 self._states.append(states)
-                self._truth.append(self.host.finish(model, tokens.unmerge(state)))
+                own_outputs = self.host.finish(model, tokens.unmerge(state))
+                x = images_of(batch).to(device)
+                self._truth.append(own_outputs if reference is None else reference(x))
+                if isinstance(batch, tuple | list):
+                    self._labels.append(batch[1].to(device))
 
     def trial(self, shape: ViTShape, first: int, rival: Trial | None = None) -> Trial:
         """Harm of going to `shape`, which differs from the dense sizes in no block before `first`.
@@ -102,16 +113,10 @@ class Simulator:
             rival: a trial to beat. As soon as the new one is clearly behind it on the same images, it is
                 given up, with infinite harm.
         """
-        self.evaluations += 1
-        blocks = [self._block(i, shape.blocks[i]) for i in range(first, shape.depth)]
         sums: list[float] = []
         count = 0
         with torch.inference_mode():
-            for states, truth in zip(self._states, self._truth, strict=True):
-                state = states[first]
-                for i, block in enumerate(blocks, first):
-                    state = self._step(block, state, shape, i)
-                outputs = self.host.finish(self.model, tokens.unmerge(state))
+            for outputs, truth in zip(self._outputs(shape, first), self._truth, strict=True):
                 sums.append(float(divergence(outputs, truth, self.dense.num_classes).sum()))
                 count += len(truth)
                 if rival is None or count < GIVE_UP_AFTER:
@@ -119,6 +124,27 @@ class Simulator:
                 if sum(sums) > BEHIND * sum(rival.sums[: len(sums)]):
                     return Trial(shape, inf, tuple(sums))
         return Trial(shape, sum(sums) / count, tuple(sums))
+
+    def accuracy(self, shape: ViTShape) -> float:
+        """Top-1 in percent at these sizes, on batches that came with labels."""
+        hits = [
+            (outputs.argmax(-1) == labels).float()
+            for outputs, labels in zip(self._outputs(shape, 0), self._labels, strict=True)
+        ]
+        return 100 * float(torch.cat(hits).mean())
+
+    @torch.inference_mode()
+    def _outputs(self, shape: ViTShape, first: int) -> Iterator[Tensor]:
+        """The model's outputs at these sizes, batch by batch."""
+        self.evaluations += 1
+        blocks = [self._block(i, shape.blocks[i]) for i in range(first, shape.depth)]
+        if not self.remember:
+            self._halves.clear()
+        for states in self._states:
+            state = states[first]
+            for i, block in enumerate(blocks, first):
+                state = self._step(block, state, shape, i)
+            yield self.host.finish(self.model, tokens.unmerge(state))
 
     def _step(self, block: Block, state: tokens.Tokens, shape: ViTShape, i: int) -> tokens.Tokens:
         num_out = shape.blocks[i].num_tokens_out

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, compress, demo, evaluate, inspect, options, report, train
+from . import bench, compress, demo, evaluate, inspect, options, report, search, train
 
 app = typer.Typer(
     name="vitailor",
@@ -50,6 +50,7 @@ bench.register(app)
 inspect.register(app)
 report.register(app)
 train.register(app)
+search.register(app)
 
 
 def run(args: Sequence[str]) -> int:

@@ -43,7 +43,7 @@ def compress(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="closed-form, token-merge, vtp, low-rank or hybrid.",
+            help="closed-form, token-merge, vtp, low-rank, hybrid or multi-dim.",
             show_default=False,
         ),
     ],
@@ -101,7 +101,7 @@ def compress(
         typer.Option(
             "--train",
             metavar="DATA",
-            help="Training images, for methods that train (vtp; hybrid if given).",
+            help="Training images, for methods that train (vtp; hybrid and multi-dim if given).",
             rich_help_panel="Images",
         ),
     ] = None,
@@ -230,7 +230,7 @@ def compress(
             labels_needed=True,
         )
     common: dict[str, Any] = {
-        "data": open_calibration(calibrate, preprocessing, images, seed) if calibrate else None,
+        "data": None,
         "train": train,
         "class_map": class_map,
         "device": where,
@@ -238,22 +238,27 @@ def compress(
         "source": opened.source,
         "preprocessing": preprocessing,
     }
+    if calibrate is not None:
+        classes = dense.num_classes or None if made.needs_labels else None
+        common["data"] = open_calibration(
+            calibrate, preprocessing, images, seed, classes, class_map
+        )
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
     if output is None or dry_run:
-        begun_in = output / setup.CHECKPOINTS if output and begun and made.trains else None
+        begun_in = output / setup.CHECKPOINTS if output and begun and made.resumable else None
         with watching(made, "planning") as told, copied(begun_in) as checkpoints:
             common |= {"folder": checkpoints, "resume": checkpoints is not None}
             shape = plan_only(opened.model, made, budget, **told, **common)
         payload |= _before_and_after(dense, shape) | {"plan": inspect(shape)}
         emit(payload, json, lambda out: _draw_plan(out, dense, shape))
         return
-    if made.trains is not None:
+    if made.resumable:
         common |= {"folder": output / setup.CHECKPOINTS, "resume": resume}
     with watching(made, "compressing") as told:
         small = cut(opened.model, made, budget, evaluate=test, **told, **common)
     if not is_first_process():
         return
-    save(small, output, overwrite=overwrite or made.trains is not None)
+    save(small, output, overwrite=overwrite or made.resumable)
     known = provenance_of(small)
     record = known.record if known is not None else {}
     payload |= {"out": str(output), **_before_and_after(dense, shape_of(small))}
@@ -292,7 +297,7 @@ def make_method(
     made = s.make_config(name, kind, fields, sets)
     if made.trains is not None and train is None:
         raise UsageError(f"{name} needs training images.", "Name some with --train.")
-    if made.trains is None and resume:
+    if not made.resumable and resume:
         raise UsageError(f"{name} has nothing to resume.", "Leave --resume out.")
     return made
 
@@ -363,15 +368,32 @@ def _draw_costs(out: Console, costs: dict[str, Any]) -> None:
 
 
 def open_calibration(
-    data: str, preprocessing: Preprocessing, images: int | None, seed: int
+    data: str,
+    preprocessing: Preprocessing,
+    images: int | None,
+    seed: int,
+    num_classes: int | None = None,
+    class_map: Path | None = None,
 ) -> ImageSet:
-    """The calibration images: as many as asked for, else 512 or all if there are fewer."""
+    """The calibration images: as many as asked for, else 512 or all if there are fewer.
+
+    Args:
+        num_classes: of the model, where labels are read; `class_map` is then theirs.
+    """
     from ..data import open_images
     from ..data.timm_datasets import PREFIXES
 
     if images is None and data.startswith(PREFIXES):
         images = IMAGES  # such sets are large, and some can only be read from the start
-    found = open_images(data, preprocessing, images=images, seed=seed, split="train")
+    found = open_images(
+        data,
+        preprocessing,
+        images=images,
+        seed=seed,
+        split="train",
+        num_classes=num_classes,
+        class_map=class_map if num_classes is not None else None,
+    )
     return found if len(found) <= IMAGES or images is not None else found.draw(IMAGES, seed)
 
 

@@ -17,9 +17,10 @@ from ..errors import UsageError, VitailorError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..methods import OnTrial
     from ..training import Event
 
-#: Called with what is done, the whole, and in words what is being done.
+#: Called with what is done and the whole.
 Progress = Callable[[int, int], None]
 
 _results: list[TextIO] = []
@@ -72,6 +73,24 @@ def console() -> Console:
 @contextmanager
 def progress(what: str) -> Iterator[Progress | None]:
     """A progress bar on stderr when it is a terminal; else None."""
+    with _bar(what) as move:
+        yield None if move is None else lambda done, total: move(done, total, what)
+
+
+@contextmanager
+def trial_progress() -> Iterator[OnTrial | None]:
+    """The same over the candidates of a search, with the best reward so far."""
+    with _bar("searching") as move:
+        yield (
+            None
+            if move is None
+            else lambda done, total, best: move(done, total, f"searching, best {best:.4f}")
+        )
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar that is moved by what is done, the whole, and a text; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -88,10 +107,10 @@ def progress(what: str) -> Iterator[Progress | None]:
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(what, total=None)
 
-        def advance(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
+        def move(done: int, total: int, text: str) -> None:
+            bars.update(task, completed=done, total=total, description=text)
 
-        yield advance
+        yield move
 
 
 @contextmanager

@@ -26,6 +26,8 @@ BATCH_SIZE = 16
 Progress = Callable[[int, int], None]
 #: Called with the name of a stage of training, and where it stands.
 OnEvent = Callable[[str, Event], None]
+#: Called with how many candidates were judged, how many there are to be, and the best reward so far.
+OnTrial = Callable[[int, int, float], None]
 #: Measures latency in milliseconds of several models side by side, the dense one first.
 Stopwatch = Callable[[list[nn.Module]], list[float]]
 
@@ -44,6 +46,8 @@ class Task:
         seed: of everything random.
         progress: tells how far the work is.
         train: training images, for methods that train.
+        reward: images that candidates of a search are judged on; None for some of `data`.
+        on_trial: told about each candidate of a search.
         folder: for checkpoints; None for none.
         resume: go on from checkpoints that are there.
         on_event: told about training: the stage's name, and where it stands.
@@ -59,6 +63,8 @@ class Task:
     seed: int
     progress: Progress
     train: ImageSet | None = None
+    reward: ImageSet | None = None
+    on_trial: OnTrial | None = None
     folder: Path | None = None
     resume: bool = False
     on_event: OnEvent | None = None
@@ -138,6 +144,16 @@ class Method(BaseModel):
     def trains(self) -> TrainConfig | None:
         """Settings of training on a training set; None for a method that needs none."""
         return None
+
+    @property
+    def searches(self) -> bool:
+        """Whether candidates are judged on images of their own."""
+        return False
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is anything to keep in a folder, so that a run that was cut off goes on."""
+        return self.trains is not None
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
         """Refuse what cannot work before any work starts; nothing to refuse by default."""

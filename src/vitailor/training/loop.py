@@ -46,6 +46,8 @@ from .teacher import consult, lookup
 Penalty = Callable[[nn.Module], Tensor]
 #: Changes a model's parameters in place after each update, given the learning rate of gates.
 AfterUpdate = Callable[[nn.Module, float], None]
+#: Changes a model before each update, given the update's number from the beginning of training.
+BeforeUpdate = Callable[[nn.Module, int], None]
 #: Looks at a model after each epoch and says what is worth telling, by name.
 Observe = Callable[[nn.Module], dict[str, float]]
 
@@ -105,6 +107,7 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     penalty: Penalty | None = None,
+    before_update: BeforeUpdate | None = None,
     after_update: AfterUpdate | None = None,
     observe: Observe | None = None,
     on_event: Callable[[Event], None] | None = None,
@@ -124,6 +127,7 @@ def fit(
         folder: for checkpoints, "last.pt" and "best.pt" (by top-1 on `val`, else by loss); None for none.
         resume: go on from "last.pt", if there is one.
         penalty: added to the loss.
+        before_update: called before each update, e.g. to choose what of the model takes part.
         after_update: called after each update, e.g. for a proximal step.
         observe: looks at the model after each epoch; what it returns is told.
         on_event: told about progress, in the first process only.
@@ -145,7 +149,7 @@ def fit(
             state = checkpoints.load(folder, checkpoints.LAST, same, accelerator.num_processes)
         run = _Run(model, config, images, teacher, accelerator, penalty, after_update)
         run.val, run.folder, run.identity = val, folder, same
-        run.observe, run.on_event = observe, on_event
+        run.before_update, run.observe, run.on_event = before_update, observe, on_event
         result = run.train(state)
     model.to(home).eval()
     return result
@@ -171,6 +175,7 @@ class _Run:
     val: ImageSet | None = None
     folder: Path | None = None
     identity: Mapping[str, Any]
+    before_update: BeforeUpdate | None = None
     observe: Observe | None = None
     on_event: Callable[[Event], None] | None = None
 
@@ -286,6 +291,8 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         step = epoch * self.updates + update
         self.scheduler.step_update(step)
+        if self.before_update is not None:
+            self.before_update(self.model, step)
         parts: list[Tensor] = []
         for part in range(config.accumulate):
             last = part == config.accumulate - 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vitailor import search as s
+from vitailor import studies as s
 from vitailor.errors import UsageError
 
 NAMES = ("a", "b", "c")
@@ -91,7 +91,7 @@ def test_what_is_told():
 WORKER = textwrap.dedent(
     """
     import json, os, sys, time
-    from vitailor import search as s
+    from vitailor import studies as s
     s.BEAT = 0.2
     def reward(direction):
         with open(sys.argv[2], "a") as log:

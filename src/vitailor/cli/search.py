@@ -1,0 +1,259 @@
+"""`vitailor search`."""
+
+from __future__ import annotations
+
+import json as as_json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import options as o
+from .compress import make_budget, open_calibration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXAMPLE = o.example(
+    "vitailor search vit_tiny_patch16_224 --keep 0.6 --calibrate photos/train --trials 40 -o found/",
+    "vitailor search vit_tiny_patch16_224 --keep 0.6 --calibrate photos/train --trials 200 "
+    "--storage search.journal -o worker1/",
+)
+#: Candidates as JSON, one a line, beside the model.
+HISTORY = "trials.jsonl"
+_BUDGET, _SEARCH = "Budget (exactly one)", "Search"
+
+
+def search(
+    model: o.Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the best model, and the candidates in trials.jsonl.",
+            show_default=False,
+        ),
+    ],
+    calibrate: Annotated[
+        str,
+        typer.Option(
+            "--calibrate",
+            metavar="DATA",
+            help="Images to calibrate on.",
+            rich_help_panel="Images",
+            show_default=False,
+        ),
+    ],
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep", metavar="F", help="Fraction of the MACs to keep.", rich_help_panel=_BUDGET
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            "--macs",
+            metavar="N",
+            help="MACs: 750M, 1.2G, or a fraction.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            "--params",
+            metavar="N",
+            help="Parameters: 22M, or a fraction.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            "--trials",
+            metavar="N",
+            min=1,
+            help="Candidates in all, other workers' and earlier ones included; 40.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option("--sampler", metavar="NAME", help="gp or random.", rich_help_panel=_SEARCH),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="Journal file or database that workers share; by default a file in DIR.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            "--reward",
+            metavar="DATA",
+            help="Images to judge candidates on; by default some of those to calibrate on.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    reward_images: Annotated[
+        int | None,
+        typer.Option(
+            "--reward-images",
+            metavar="N",
+            min=1,
+            help="So many of them, drawn by seed; 256, or half of the calibration images.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            metavar="N",
+            min=1,
+            help="Calibration images, drawn by seed; 512, or all if fewer.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluate",
+            metavar="DATA",
+            help="Labeled images to measure top-1 on, before and after.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
+    class_map: o.ClassMap = None,
+    settings: o.Settings = None,
+    config: o.Config = None,
+    overwrite: o.Overwrite = False,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    input_size: o.InputSize = None,
+    crop_pct: o.CropPct = None,
+    interpolation: o.Interpolation = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Search for the sizes that harm a model least within a budget, and write the model of these.
+
+    The method is multi-dim, with its settings by --set; nothing is trained. A search that was cut off goes on
+    where it stopped; workers with one --storage, each with a folder of its own, share its candidates.
+    """
+    budget = make_budget(keep, macs, params, None)
+    transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
+    from . import settings as s
+    from . import setup
+    from .console import emit, trial_progress
+
+    given = {
+        "trials": trials,
+        "sampler": sampler,
+        "storage": storage,
+        "reward_images": reward_images,
+    }
+    fields = s.read_config(config) | {k: v for k, v in given.items() if v is not None}
+    sets = s.parse_sets(settings or [])
+    if {"training", "sharing"} & {name.partition(".")[0] for name in (*fields, *sets)}:
+        raise UsageError(
+            "A search trains nothing.", "Take vitailor compress --method multi-dim --train DATA."
+        )
+    begun = (output / setup.CHECKPOINTS).is_dir()
+    setup.check_folder(output, overwrite or begun)
+    setup.check_file("--class-map", class_map)
+    for data in (calibrate, reward, evaluate):
+        if data is not None:
+            setup.check_data(data)
+    where = setup.device_of(device)
+
+    from ..methods import MultiDim
+
+    made = s.make_config("search", MultiDim, fields, sets)
+
+    from ..artifact import save
+    from ..data import open_images
+    from ..hosts import shape_of
+    from ..preprocessing import resolve_preprocessing
+    from ..provenance import provenance_of
+    from ..searching import search as run
+
+    opened = setup.open_model(model, weights, num_classes)
+    dense = shape_of(opened.model)
+    made.check(dense, budget)
+    preprocessing = resolve_preprocessing(opened.model, **transform)
+    classes = dense.num_classes or None
+    test = None
+    if evaluate is not None:
+        test = open_images(
+            evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
+        )
+    with trial_progress() as told:
+        found = run(
+            opened.model,
+            budget,
+            method=made,
+            data=open_calibration(
+                calibrate,
+                preprocessing,
+                images,
+                seed,
+                classes if made.needs_labels else None,
+                class_map,
+            ),
+            reward=reward,
+            evaluate=test,
+            class_map=class_map,
+            folder=output / setup.CHECKPOINTS,
+            device=where,
+            seed=seed,
+            source=opened.source,
+            preprocessing=preprocessing,
+            on_trial=told,
+        )
+    save(found.model, output, overwrite=True)
+    lines = "".join(as_json.dumps(trial) + "\n" for trial in found.trials)
+    (output / HISTORY).write_text(lines, encoding="utf-8")
+    known = provenance_of(found.model)
+    payload: dict[str, Any] = {"out": str(output), "best": found.best, "trials": found.trials}
+    if known is not None and "top1" in known.record:
+        payload["top1"] = known.record["top1"]
+    emit(payload, json, lambda out: _draw(out, payload, found.overhead_seconds))
+
+
+def _draw(out: Console, payload: dict[str, Any], overhead: float) -> None:
+    from ..reporting import count, signed
+
+    best, trials = payload["best"], payload["trials"]
+    seconds = sum(trial["seconds"] for trial in trials) / len(trials)
+    out.print(
+        f"best of {len(trials)} candidates: number {best['number']}, reward [bold]{best['reward']:.4f}"
+        f"[/bold], {count(best['macs'])} MACs, {count(best['params'])} parameters"
+    )
+    for name, sizes in best["policy"].items():
+        out.print(f"  {name:<15} {' '.join(map(str, sizes))}")
+    out.print(f"{seconds:.2f} s a candidate; choosing, storing and waiting took {overhead:.2f} s")
+    if "top1" in payload:
+        top1 = payload["top1"]
+        low, high = top1["interval"]
+        out.print(
+            f"top-1   {top1['before']:.2f}% > [bold]{top1['after']:.2f}%[/bold]  "
+            f"(paired 95% interval {signed(low)} to {signed(high)})"
+        )
+    out.print(f"wrote {payload['out']}")
+
+
+def register(app: typer.Typer) -> None:
+    app.command(help=o.prose(search), epilog=EXAMPLE)(search)

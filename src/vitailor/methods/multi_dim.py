@@ -1,0 +1,446 @@
+"""Heads, neurons and tokens together, found by search.
+
+"Multi-Dimensional Model Compression of Vision Transformer" (arXiv 2201.00043):
+
+1. The units of each block are ranked by their statistical dependence on the predictions (`dependence`).
+2. A Gaussian-process search with expected improvement looks for the ratios of neurons, heads and tokens that harm
+   least within the budget (`policy`, `studies`). Every candidate meets the budget exactly. It is judged by how close
+   its outputs are to the dense model's, or by its accuracy, on images that nothing else is done with.
+3. The model is cut. Tokens that get least class attention become one.
+4. Optionally, weights are shared before the search (`sharing`), so that candidates are judged by weights that are
+   used to being cut; and the model found is fine-tuned, mostly by distillation.
+
+Beyond the paper: candidates are compensated in closed form, from moments that are collected once; query/key and
+value dims may take part; tokens may be merged instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from .. import dependence
+from ..budget import Budget
+from ..calibrate import dense_sweep
+from ..criteria import Order
+from ..data import ImageSet, loader
+from ..dependence import BANDWIDTHS, REDUNDANCY, RELEVANCE, Estimator
+from ..errors import DataError, UsageError
+from ..orders import plan_for
+from ..plan import Plan
+from ..policy import TOKEN_BLOCKS, Space
+from ..provenance import weights_hash
+from ..reconstruct import cut
+from ..shape import BlockShape, Matching, ViTShape
+from ..sharing import resize, share, unshare
+from ..simulate import Simulator
+from ..sizes import FIELDS, Dimension, Steps
+from ..studies import Finished, Result, Sampler, search
+from ..surgery import apply
+from ..training import TrainConfig, fit
+from . import stages
+from .base import Method, Outcome, Task, keeps_all, with_matching
+from .closed_form import ClosedForm, Sorted
+
+#: Rules by which tokens go: selection with a fused token, as published, or merging.
+TokenRule = Literal["fuse"] | Matching
+#: Dependence is estimated within batches of so many images, as published.
+BATCH = 128
+#: A study's journal in the folder for checkpoints.
+JOURNAL = "search.journal"
+#: Images that candidates are judged on, unless told otherwise: so many, or this share of the calibration images.
+REWARD_IMAGES, REWARD_SHARE = 256, 0.5
+#: Dimensions that weights can be shared over.
+SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
+
+
+class MultiDim(Method):
+    """Search for the sizes of every dimension, under one budget.
+
+    Args:
+        criterion: what units are ranked by: "dependence" as published, or "output_error" after
+            compensation, as closed-form does. Query/key and value dims always by the latter.
+        bandwidths, estimator: of dependence, see `dependence`.
+        redundancy: what the mean dependence of a head on the others takes from its score.
+        relevance: share of dependence in a neuron's score; the rest is its activity's.
+        compensation: regress what was removed on what was kept, in every candidate and in the result.
+        ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
+        dimensions: what may be cut.
+        tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
+            published; the rest are rules of merging, see `shape.Matching`.
+        token_blocks: blocks, counted from 1, after whose attention they go.
+        stages: so many groups of blocks share their ratios; None gives each block its own, as published.
+        most: the largest ratio of anything that goes.
+        round_to: sizes are multiples of it, rounded down; 1 as published. None for the nearest multiples of
+            what kernels like.
+        trials: candidates that are judged.
+        initial: of these, the ones that are spread out evenly beforehand; None for one more than parameters.
+        sampler: "gp", or "random" for comparison.
+        reward: "divergence" from the dense outputs, or "accuracy", for which images need labels.
+        reward_images: how many candidates are judged on; None for 256, at most half of the calibration images.
+        storage: a journal file or the URL of a database, which several workers may share. By default a file
+            beside the checkpoints, or memory where there are none.
+        sharing: settings of training shared weights before the search; None for none.
+        training: settings of fine-tuning; None for none.
+    """
+
+    name: ClassVar[str] = "multi-dim"
+
+    criterion: Literal["dependence", "output_error"] = "dependence"
+    bandwidths: tuple[Annotated[float, Field(gt=0)], ...] | Literal["median"] = BANDWIDTHS
+    estimator: Estimator = "biased"
+    redundancy: Annotated[float, Field(ge=0)] = REDUNDANCY
+    relevance: Annotated[float, Field(ge=0, le=1)] = RELEVANCE
+    compensation: bool = True
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    dimensions: Annotated[tuple[Dimension, ...], Field(min_length=1)] = (
+        "neurons",
+        "heads",
+        "tokens",
+    )
+    tokens: TokenRule = "fuse"
+    token_blocks: tuple[Annotated[int, Field(ge=1)], ...] = TOKEN_BLOCKS
+    stages: Annotated[int, Field(ge=1)] | None = 3
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    round_to: Annotated[int, Field(ge=1)] | None = None
+    trials: Annotated[int, Field(ge=1)] = 40
+    initial: Annotated[int, Field(ge=0)] | None = None
+    sampler: Sampler = "gp"
+    reward: Literal["divergence", "accuracy"] = "divergence"
+    reward_images: Annotated[int, Field(ge=1)] | None = None
+    storage: str | None = None
+    sharing: TrainConfig | None = None
+    training: TrainConfig | None = None
+
+    @classmethod
+    def paper(cls, **changes: Any) -> MultiDim:
+        """As the paper has it: a ratio for each block, sizes of single units, shared weights, rewards by accuracy,
+        fine-tuning by distillation; nothing is compensated."""
+        fields: dict[str, Any] = {
+            "compensation": False,
+            "stages": None,
+            "most": 0.5,
+            "round_to": 1,
+            "trials": 200,
+            "initial": 100,
+            "reward": "accuracy",
+            "sharing": TrainConfig(alpha=0.0),
+            "training": TrainConfig(distill="soft", alpha=0.5),
+        }
+        return cls(**(fields | changes))
+
+    @classmethod
+    def released(cls, **changes: Any) -> MultiDim:
+        """As its authors' code has it: the same without shared weights, fine-tuned on labels alone."""
+        return cls.paper(**({"sharing": None, "training": TrainConfig()} | changes))
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.reward == "accuracy"
+
+    @property
+    def trains(self) -> TrainConfig | None:
+        return self.training or self.sharing
+
+    @property
+    def searches(self) -> bool:
+        return True
+
+    @property
+    def resumable(self) -> bool:
+        return True
+
+    def check(self, shape: ViTShape, budget: Budget) -> None:
+        if budget.metric not in ("macs", "params"):
+            raise UsageError(
+                "The search is within a number of MACs or parameters, not a latency.",
+                "Give the budget so, or take closed-form.",
+            )
+        if "qk" in self.dimensions and shape.qk_norm:
+            raise UsageError(
+                "The model normalises queries and keys, so their dims cannot be cut.",
+                "Leave qk out of the dimensions.",
+            )
+        if self.criterion == "dependence" and not shape.num_classes:
+            raise UsageError(
+                "Dependence on predictions needs a classifier.", "Take criterion=output_error."
+            )
+        if self.reward == "accuracy" and not shape.num_classes:
+            raise UsageError("There is no accuracy without a classifier.", "Take the divergence.")
+        beyond = set(self.dimensions) - set(SHARED)
+        if self.sharing is not None and beyond:
+            raise UsageError(
+                f"Weights cannot be shared over {' and '.join(sorted(beyond))}.",
+                f"Cut {', '.join(SHARED)} alone, or leave sharing out.",
+            )
+        if not keeps_all(budget, shape):
+            self._space(shape).require_reachable(budget.metric, budget.limit(shape))
+
+    def plan(self, task: Task) -> Plan:
+        if keeps_all(task.budget, task.shape):
+            return Plan.identity(task.shape)
+        return self._found(task)[1]
+
+    def run(self, task: Task) -> Outcome:
+        if keeps_all(task.budget, task.shape):
+            return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
+        if self.training is None:
+            return self._cut(task)
+        identity = {
+            "model": weights_hash(task.model),
+            "budget": str(task.budget),
+            "settings": self.model_dump_json(exclude={"training", "storage"}),
+            "seed": str(task.seed),
+        }
+        made = stages.settled(task, self.training, identity, lambda: self._cut(task))
+        tuned = stages.finetune(task, self.training, made.model, identity)
+        return replace(made, facts={**made.facts, "finetune": tuned})
+
+    def _cut(self, task: Task) -> Outcome:
+        """Everything before fine-tuning."""
+        model, plan, facts = self._found(task)
+        if self.compensation:
+            small = cut(
+                model, plan, _images(task, self._split(task)[0]).batches(), self.ridge, task.model
+            )
+        else:
+            small = apply(model, plan)
+        return Outcome(small, plan, facts)
+
+    # -- 1. ranking ------------------------------------------------------------------------------
+
+    def _found(self, task: Task) -> tuple[nn.Module, Plan, dict[str, Any]]:
+        """The model to cut, the best plan, and what the search saw."""
+        calibration, judged = self._split(task)
+        seeing = _images(task, calibration)
+        ready = self._ranked(seeing)
+        facts: dict[str, Any] = {}
+        if self.sharing is not None:
+            model, facts["sharing"] = self._shared(task, ready)
+            # The shared weights have moments of their own; their units keep their ranks.
+            moments = dense_sweep(model, seeing.batches()) if self.compensation else []
+            ready = replace(ready, model=model, moments=moments)
+        best, trials = self._search(seeing, judged, ready)
+        return ready.model, plan_for(task.shape, best, ready.orders), facts | trials
+
+    def _ranked(self, task: Task) -> Sorted:
+        """The model, in bases in which dims of heads can be cut, with moments and orders of its units."""
+        needed = self.compensation or {"qk", "v"} & set(self.dimensions)
+        if needed or self.criterion == "output_error":
+            found = ClosedForm(ridge=self.ridge).sort(task)
+        else:
+            found = Sorted(task.model, [], [_as_they_are(block) for block in task.shape.blocks])
+        if self.criterion == "output_error":
+            return found
+        assert task.data is not None
+        batches = loader(task.data, batch_size=min(BATCH, len(task.data)))
+        scores = dependence.score(
+            task.model,
+            batches,
+            bandwidths=self.bandwidths,
+            estimator=self.estimator,
+            redundancy_weight=self.redundancy,
+        )
+        orders = [
+            replace(
+                order,
+                heads=own.heads.argsort(descending=True, stable=True),
+                neurons=own.neurons(self.relevance).argsort(descending=True, stable=True),
+            )
+            for order, own in zip(found.orders, scores, strict=True)
+        ]
+        return replace(found, orders=orders)
+
+    def _split(self, task: Task) -> tuple[ImageSet, ImageSet]:
+        """Images to calibrate on, and others to judge candidates by."""
+        if task.data is None:
+            raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
+        images, wanted = task.data, self.reward_images or REWARD_IMAGES
+        if task.reward is not None:
+            few = task.reward.draw(wanted, task.seed) if wanted < len(task.reward) else task.reward
+            if few.source != images.source:
+                return images, few
+            taken = set(few.names)
+        else:
+            most = len(images) if self.reward_images else int(len(images) * REWARD_SHARE)
+            few = images.draw(max(1, min(wanted, most)), task.seed)
+            taken = set(few.names)
+        rest = images.subset(i for i, name in enumerate(images.names) if name not in taken)
+        if not len(rest):
+            raise DataError(
+                f"All {len(images)} images judge candidates, and none is left to calibrate on.",
+                "Give more images, or fewer reward_images.",
+            )
+        return rest, few
+
+    # -- 2. weight sharing -----------------------------------------------------------------------
+
+    def _shared(self, task: Task, ready: Sorted) -> tuple[nn.Module, dict[str, Any]]:
+        """The model with weights trained at policies drawn evenly, one for each update."""
+        assert self.sharing is not None
+        space, metric, limit = (
+            self._space(task.shape),
+            task.budget.metric,
+            task.budget.limit(task.shape),
+        )
+        names = [parameter.name for parameter in space.parameters]
+        config = stages.seeded(self.sharing, task)
+
+        def drawn(step: int) -> ViTShape:
+            values = np.random.default_rng((config.seed, step)).random(len(names))
+            return space.on_budget(dict(zip(names, values.tolist(), strict=True)), metric, limit)
+
+        shared = share(ready.model, drawn(0), ready.orders)
+        found = fit(
+            shared,
+            config,
+            stages.images(task),
+            teacher=task.taught_by,
+            folder=stages.folder(task, "sharing"),
+            resume=task.resume,
+            before_update=lambda one, step: resize(one, drawn(step), ready.orders),
+            identity={
+                "model": weights_hash(ready.model),
+                "budget": str(task.budget),
+                "settings": self.model_dump_json(exclude=_LATER),
+            },
+            on_event=stages.told(task, "weight sharing"),
+            device=task.device,
+        )
+        return unshare(shared, ready.model), {
+            "losses": found.losses,
+            "images_per_s": found.images_per_s,
+        }
+
+    # -- 3. search -------------------------------------------------------------------------------
+
+    def _search(
+        self, task: Task, judged: ImageSet, ready: Sorted
+    ) -> tuple[ViTShape, dict[str, Any]]:
+        space, metric, limit = (
+            self._space(task.shape),
+            task.budget.metric,
+            task.budget.limit(task.shape),
+        )
+        simulator = Simulator(
+            ready.model,
+            ready.moments,
+            ready.orders,
+            _images(task, judged).batches(),
+            self.ridge if self.compensation else None,
+            space.dense.matching,
+            space.dense.match_features,
+            any_start=False,
+            reference=task.model,
+            remember=False,
+        )
+
+        def reward(direction: dict[str, float]) -> tuple[float, dict[str, Any]]:
+            shape = space.on_budget(direction, metric, limit)
+            value = (
+                simulator.accuracy(shape)
+                if self.reward == "accuracy"
+                else -simulator.trial(shape, 0).harm
+            )
+            sizes = {
+                FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks] for d in self.dimensions
+            }
+            return value, {"macs": shape.macs, "params": shape.params, "policy": sizes}
+
+        def tell(trial: Finished, so_far: Result) -> None:
+            task.progress(len(so_far.trials), self.trials)
+            if task.on_trial is not None:
+                task.on_trial(len(so_far.trials), self.trials, so_far.best.reward)
+
+        names = [parameter.name for parameter in space.parameters]
+        task.progress(0, self.trials)
+        result = search(
+            reward,
+            names,
+            trials=self.trials,
+            study=self._study(task, judged, ready.model),
+            storage=self.storage or _journal(task),
+            sampler=self.sampler,
+            seed=task.seed,
+            initial=self.initial,
+            on_trial=tell,
+        )
+        trials = [
+            {
+                "number": one.number,
+                "reward": one.reward,
+                **one.facts,
+                "seconds": round(one.seconds, 3),
+            }
+            for one in result.trials
+        ]
+        facts = {
+            "best": result.best.number,
+            "trials": trials,
+            "own_trials": len(result.own),
+            "overhead_seconds": round(result.overhead_seconds, 3),
+            "reward_images": len(judged),
+        }
+        return space.on_budget(result.best.direction, metric, limit), facts
+
+    def _study(self, task: Task, judged: ImageSet, model: nn.Module) -> str:
+        """A name that only the same search has."""
+        assert task.data is not None
+        parts = (
+            weights_hash(model),
+            str(task.budget),
+            self.model_dump_json(exclude=_LATER | {"trials"}),
+            task.data.list_hash,
+            judged.list_hash,
+            str(task.seed),
+        )
+        return sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+    def _space(self, shape: ViTShape) -> Space:
+        merging = self.tokens if self.tokens != "fuse" else shape.matching
+        steps = Steps.for_shape(shape)
+        if self.round_to is not None:
+            n = self.round_to
+            steps = Steps(tokens=1, qk=n, v=n, neurons=n, heads=1)
+        return Space(
+            with_matching(shape, merging),
+            self.dimensions,
+            self.stages,
+            token_blocks=self.token_blocks,
+            most=self.most,
+            steps=steps,
+            nearest=self.round_to is None,
+            fused=self.tokens == "fuse",
+        )
+
+
+#: Settings that decide nothing before fine-tuning, or not what a trial gives.
+_LATER = {"training", "storage"}
+
+
+def _as_they_are(block: BlockShape) -> Order:
+    """Units in their old order."""
+    heads, qk, v = block.num_heads, block.qk_dim, block.v_dim
+    return Order(
+        heads=torch.arange(heads),
+        qk_dims=torch.arange(qk).expand(heads, -1),
+        v_dims=torch.arange(v).expand(heads, -1),
+        neurons=torch.arange(block.mlp_dim),
+    )
+
+
+def _images(task: Task, images: ImageSet) -> Task:
+    """The task with these as its calibration images."""
+    return replace(task, data=images)
+
+
+def _journal(task: Task) -> Path | None:
+    return None if task.folder is None else task.folder / JOURNAL

@@ -1,0 +1,219 @@
+"""Multi-dimensional compression: every candidate is on the budget, judged as told, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitailor as vt
+from conftest import build
+from vitailor import dependence
+from vitailor.data import loader, open_images
+from vitailor.hosts import shape_of
+from vitailor.methods.multi_dim import JOURNAL
+from vitailor.provenance import weights_hash
+from vitailor.simulate import divergence
+
+HALF = vt.Budget(macs=0.6)
+SMALL = {"token_blocks": (2,), "trials": 5}
+TRAINING = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 1}
+
+
+@cache
+def dense() -> torch.nn.Module:
+    return build(depth=3, num_heads=4, num_classes=6)
+
+
+@cache
+def labeled() -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(30, 3, *dense().patch_embed.img_size, generator=generator)
+    with torch.inference_mode():
+        return list(zip(x, dense()(x).argmax(-1).tolist(), strict=True))
+
+
+def found(folder=None, *, data=None, budget=HALF, **settings):
+    method = vt.MultiDim(**(SMALL | settings))
+    images = labeled() if data is None else data
+    return vt.search(dense(), budget, data=images, method=method, folder=folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"compensation": False, "round_to": 1, "stages": None},
+        {"criterion": "output_error", "dimensions": ("neurons", "qk", "v", "tokens")},
+        {"tokens": "attention", "reward": "accuracy"},
+        {"sampler": "random", "bandwidths": "median", "estimator": "unbiased"},
+    ],
+)
+def test_every_candidate_and_the_result_are_on_the_budget(settings):
+    result = found(**settings)
+    limit = HALF.limit(shape_of(dense()))
+    assert len(result.trials) == SMALL["trials"]
+    assert all(0.9 * limit < trial["macs"] <= limit for trial in result.trials)
+    assert result.best["reward"] == max(trial["reward"] for trial in result.trials)
+    shape = shape_of(result.model)
+    assert shape.macs == result.best["macs"]
+    for name, sizes in result.best["policy"].items():
+        assert [getattr(block, name) for block in shape.blocks] == sizes
+    fused = [block.fuses for block in shape.blocks]
+    assert any(fused) == (settings.get("tokens") != "attention" and shape.merges_tokens)
+    assert len({json.dumps(trial["policy"]) for trial in result.trials}) > 1
+
+
+def test_the_reward_is_how_close_the_outputs_come_on_images_that_nothing_else_sees(monkeypatch):
+    seen: dict[str, list[str]] = {}
+    score = dependence.score
+
+    def listening(model, batches, **more):
+        seen["calibration"] = list(batches.dataset.names)
+        return score(model, batches, **more)
+
+    monkeypatch.setattr(dependence, "score", listening)
+    result = found(compensation=False, reward_images=12, trials=3)
+    small = result.model
+    calibrated = {int(name) for name in seen["calibration"]}
+    judged = sorted(set(range(30)) - calibrated)
+    assert len(judged) == 12
+    x = torch.stack([labeled()[i][0] for i in judged])
+    with torch.inference_mode():
+        harm = divergence(small(x), dense()(x), 6).mean()
+    assert -harm.item() == pytest.approx(result.best["reward"], rel=1e-4)
+
+
+def test_accuracy_as_reward_is_that_of_the_candidate():
+    judged = labeled()[:14]
+    result = vt.search(
+        dense(),
+        HALF,
+        data=[x for x, _ in labeled()[14:]],
+        reward=judged,
+        method=vt.MultiDim(**SMALL, reward="accuracy", compensation=False),
+    )
+    got = vt.evaluate(result.model, judged)
+    assert got.top1 == pytest.approx(result.best["reward"])
+
+
+def test_units_go_by_dependence_on_the_predictions():
+    result = found(compensation=False, reward_images=10, trials=2)
+    (step,) = result.model.vitailor.steps
+    images = open_images(labeled(), result.model.vitailor.preprocessing, split="train")
+    judged = images.draw(10, 0)
+    rest = images.subset(i for i, name in enumerate(images.names) if name not in set(judged.names))
+    scores = dependence.score(dense(), loader(rest, batch_size=len(rest)))
+    checked = 0
+    for plan, own in zip(step.plan.blocks, scores, strict=True):
+        for kept, score in ((plan.neurons, own.neurons()), (plan.heads, own.heads)):
+            if kept is None:
+                continue
+            best = score.argsort(descending=True, stable=True)[: len(kept)]
+            assert sorted(best.tolist()) == list(kept)
+            checked += 1
+    assert checked
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path):
+    first = found(tmp_path, trials=3)
+    assert (tmp_path / JOURNAL).exists()
+    more = found(tmp_path, trials=5)
+    assert more.trials[:3] == first.trials
+    again = found(tmp_path, trials=5)
+    assert again.trials == more.trials
+    assert again.model.vitailor.record["facts"]["own_trials"] == 0
+    assert weights_hash(again.model) == weights_hash(more.model)
+    # In one go it comes to the same.
+    whole = found(trials=5, initial=1)
+    parts = tmp_path / "parts"
+    found(parts, trials=2, initial=1)
+    assert [t["policy"] for t in found(parts, trials=5, initial=1).trials] == [
+        t["policy"] for t in whole.trials
+    ]
+    # Another model, budget or seed is another study.
+    other = found(tmp_path, trials=3, budget=vt.Budget(macs=0.7))
+    assert other.model.vitailor.record["facts"]["own_trials"] == 3
+
+
+def test_shared_weights_and_fine_tuning_resume_bit_for_bit(tmp_path):
+    def run(folder, resume=False):
+        method = vt.MultiDim(
+            **SMALL, sharing=TRAINING | {"distill": "soft"}, training=TRAINING | {"distill": "soft"}
+        )
+        return vt.compress(
+            dense(),
+            method,
+            HALF,
+            data=labeled(),
+            train=labeled(),
+            folder=folder,
+            resume=resume,
+        )
+
+    whole = run(tmp_path / "whole")
+    facts = whole.vitailor.record["facts"]
+    assert facts["sharing"]["losses"]
+    assert facts["finetune"]["losses"]
+    cut_off = tmp_path / "cut off"
+    run(cut_off)
+    for gone in ("finetune", "cut.pt", JOURNAL):
+        path = cut_off / gone
+        if path.is_dir():
+            for file in path.iterdir():
+                file.unlink()
+        else:
+            path.unlink()
+    assert weights_hash(run(cut_off, resume=True)) == weights_hash(whole)
+    plain = vt.compress(dense(), vt.MultiDim(**SMALL), HALF, data=labeled())
+    assert weights_hash(plain) != weights_hash(whole)
+
+
+def test_presets_are_as_published():
+    paper, released = vt.MultiDim.paper(), vt.MultiDim.released()
+    assert (paper.stages, paper.round_to, paper.most) == (None, 1, 0.5)
+    assert (paper.initial, paper.trials, paper.reward) == (100, 200, "accuracy")
+    assert paper.sharing is not None
+    assert released.sharing is None
+    assert released.relevance == released.redundancy == 0.1
+    assert vt.MultiDim.paper(trials=3).trials == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "error", "text"),
+    [
+        ({}, vt.Budget(latency_ms=1.0), vt.UsageError, "not a latency"),
+        ({}, vt.Budget(macs=0.01), vt.BudgetError, "No policy meets"),
+        ({"token_blocks": (9,)}, HALF, vt.UsageError, "Tokens cannot go in blocks"),
+        ({"stages": 7}, HALF, vt.UsageError, "7 stages"),
+        ({"reward_images": 30}, HALF, vt.DataError, "none is left to calibrate on"),
+        (
+            {"dimensions": ("v",), "sharing": TRAINING},
+            HALF,
+            vt.UsageError,
+            "Weights cannot be shared over v",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, budget, error, text):
+    with pytest.raises(error, match=text):
+        vt.compress(dense(), vt.MultiDim(**(SMALL | settings)), budget, data=labeled())
+
+
+def test_labels_are_asked_for_where_they_are_read():
+    unlabeled = [x for x, _ in labeled()]
+    with pytest.raises(vt.DataError, match="needs labels"):
+        found(data=unlabeled, reward="accuracy")
+    assert found(data=unlabeled, trials=2).trials
+
+
+def test_a_budget_that_is_met_leaves_nothing_to_search():
+    with pytest.raises(vt.UsageError, match="nothing to search"):
+        found(budget=vt.Budget(macs=1.0))
+    same = vt.compress(dense(), vt.MultiDim(**SMALL), vt.Budget(macs=1.0), data=labeled())
+    x = torch.stack([x for x, _ in labeled()[:2]])
+    with torch.inference_mode():
+        assert torch.equal(same(x), dense()(x))
