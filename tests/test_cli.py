@@ -25,7 +25,7 @@ from vitailor.cli.settings import make_config, parse_sets, read_config
 from vitailor.errors import UsageError
 from vitailor.hosts import shape_of
 
-VERBS = ("demo", "compress", "train", "evaluate", "bench", "inspect", "report")
+VERBS = ("demo", "compress", "train", "search", "evaluate", "bench", "inspect", "report")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "scipy", "plotly", "jinja2"}
 PREPROCESSING = ("--input-size", "--crop-pct", "--interpolation", "--mean", "--std")
 COMMON = ("--json", "--debug")
@@ -52,6 +52,11 @@ OPTIONS = {
         ),
         *("--precision", "--checkpoint-every", "--workers", "--tracker", "--set", "--config"),
         *("--output", "--overwrite", "--images", "--class-map", *MODEL, *PREPROCESSING, *RUN),
+    ),
+    "search": (
+        *("--keep", "--macs", "--params", "--calibrate", "--images", "--trials", "--sampler"),
+        *("--storage", "--reward", "--reward-images", "--set", "--config", "--output"),
+        *("--evaluate", "--overwrite", "--class-map", *MODEL, *PREPROCESSING, *RUN),
     ),
     "evaluate": ("--images", "--class-map", *MODEL, *PREPROCESSING, *RUN),
     "bench": ("--batch-size", "--dtype", "--threads", *MODEL, *RUN),
@@ -141,8 +146,7 @@ def test_help_of_a_verb(verb):
 def test_no_verb_that_does_not_work_yet(run):
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("search", "export"):
-        assert f" {verb} " not in out
+    assert " export " not in out
 
 
 def test_version(run):
@@ -667,6 +671,37 @@ def test_compress_for_people(run, start):
     assert (code, err) == (0, "")
     for words in ("MACs", "kept", "not measured", "wrote"):
         assert words in out
+
+
+def test_search(run, refused, artifact, tmp_path):
+    out, journal = tmp_path / "out", tmp_path / "study.journal"
+    args = ["search", artifact, "--keep", "0.7", "--calibrate", "digits", "--images", 24]
+    args += ["--set", "token_blocks=[2]", "--set", "stages=1"]
+    code, text, err = run(*args, "--trials", 3, "-o", out, "--reward-images", 8, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    assert set(found) == {"out", "best", "trials"}
+    assert all({"number", "reward", "macs", "policy"} <= set(trial) for trial in found["trials"])
+    assert found["best"] in found["trials"]
+    lines = (out / "trials.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == found["trials"]
+    _, text, _ = run("inspect", out, "--json")
+    assert json.loads(text)["macs"] == found["best"]["macs"]
+    # It goes on by itself, here from the file in its folder, there from a storage.
+    _, text, _ = run(*args, "--trials", 4, "-o", out, "--reward-images", 8, "--json")
+    assert json.loads(text)["trials"][:3] == found["trials"]
+    shared = [*args, "--storage", journal, "--sampler", "random", "--reward", "digits:test"]
+    _, first, _ = run(*shared, "--trials", 2, "-o", tmp_path / "one", "--json")
+    _, second, _ = run(*shared, "--trials", 3, "-o", tmp_path / "two", "--json")
+    assert json.loads(second)["trials"][:2] == json.loads(first)["trials"]
+    code, text, err = run(*shared, "--trials", 3, "-o", tmp_path / "three", "--evaluate", "digits")
+    assert (code, err) == (0, "")
+    for words in ("best of 3 candidates", "mlp_dim", "a candidate", "top-1", "wrote"):
+        assert words in text
+    assert "trains nothing" in refused(2, *args, "--set", "training.epochs=1", "-o", tmp_path / "x")
+    assert "sampler" in refused(2, *args, "--sampler", "gpp", "-o", tmp_path / "x")
+    assert "--overwrite" in refused(1, *args, "-o", artifact)
+    assert not (tmp_path / "x").exists()
 
 
 def test_settings_and_file_reach_the_method(run, start, tmp_path):

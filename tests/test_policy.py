@@ -11,7 +11,7 @@ from conftest import build
 from vitailor.budget import cost
 from vitailor.errors import BudgetError, UsageError
 from vitailor.hosts import shape_of
-from vitailor.policy import Policy, Space
+from vitailor.policy import TOKEN_BLOCKS, Policy, Space, token_blocks
 from vitailor.shape import ViTShape
 from vitailor.sizes import Steps
 
@@ -100,6 +100,12 @@ def test_rounded_to_the_nearest_a_small_ratio_takes_no_head():
     policy = Policy(heads=(0.1, 0.3))
     assert [b.num_heads for b in policy.apply(dense, ONES).blocks] == [3, 2]
     assert [b.num_heads for b in policy.apply(dense, ONES, nearest=True).blocks] == [4, 3]
+
+
+def test_tokens_go_at_like_places_in_models_of_other_depths():
+    assert token_blocks(12) == TOKEN_BLOCKS
+    assert token_blocks(24) == (7, 13, 19)
+    assert all(max(token_blocks(depth)) <= depth for depth in range(2, 40))
 
 
 def test_directions_are_free_and_scale_is_not():

@@ -20,7 +20,7 @@ from .budget import Budget
 from .compression import compress
 from .data import open_images
 from .errors import BudgetError
-from .methods import METHODS, VTP, ClosedForm, Hybrid, Method
+from .methods import METHODS, VTP, ClosedForm, Hybrid, Method, MultiDim
 from .preprocessing import Preprocessing
 from .reporting import write_page
 from .runs import Run, read_run
@@ -31,6 +31,8 @@ KEEPS = (0.6, 0.4)
 CALIBRATION_IMAGES = 128
 #: For methods that train, which must not take all of a minute.
 TRAINING_IMAGES = 512
+#: Candidates of a search.
+TRIALS = 12
 INTRO = (
     "A small Vision Transformer that reads handwritten digits, cut by every method at two budgets. "
     f"Each method saw {CALIBRATION_IMAGES} unlabeled training images and trained nothing, except vtp, which "
@@ -140,7 +142,11 @@ def contenders() -> dict[str, Method]:
     usual = ClosedForm(criterion="magnitude", compensation=False, allocation="uniform")
     # Mirrored digits are no digits, and few updates need a large step of the gates.
     short = TrainConfig(epochs=1, batch_size=32, gate_lr=2e-2, hflip=0.0)
-    chosen = {"vtp": VTP(training=short), "hybrid": Hybrid(form="factors")}
+    chosen = {
+        "vtp": VTP(training=short),
+        "hybrid": Hybrid(form="factors"),
+        "multi-dim": MultiDim(trials=TRIALS),
+    }
     methods = {name: kind() for name, kind in METHODS.items()}
     return methods | chosen | {"magnitude-uniform": usual}
 

@@ -23,13 +23,18 @@ from .sizes import FIELDS, Dimension, Steps, with_size
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Ratios = tuple[Ratio, ...]
-#: Blocks after whose attention tokens go, counted from 1, as published.
+#: Blocks after whose attention tokens go, counted from 1, as published for twelve.
 TOKEN_BLOCKS = (4, 7, 10)
 #: Ratios that a space knows, in the order of its parameters.
 CUT: tuple[Dimension, ...] = ("neurons", "heads", "qk", "v", "tokens")
 #: What goes of a dimension is at least this share of its scale: a direction must lead somewhere.
 LEAST = 0.01
 STEPS = Steps()
+
+
+def token_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks after whose attention tokens go in a model of so many: after a quarter, half, and three quarters."""
+    return tuple(sorted({min(depth, round(depth * q / 4) + 1) for q in (1, 2, 3)}))
 
 
 class Policy(Facts):

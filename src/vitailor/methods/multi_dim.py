@@ -36,7 +36,7 @@ from ..dependence import BANDWIDTHS, REDUNDANCY, RELEVANCE, Estimator
 from ..errors import DataError, UsageError
 from ..orders import plan_for
 from ..plan import Plan
-from ..policy import TOKEN_BLOCKS, Space
+from ..policy import Space, token_blocks
 from ..provenance import weights_hash
 from ..reconstruct import cut
 from ..shape import BlockShape, Matching, ViTShape
@@ -76,7 +76,8 @@ class MultiDim(Method):
         dimensions: what may be cut.
         tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
             published; the rest are rules of merging, see `shape.Matching`.
-        token_blocks: blocks, counted from 1, after whose attention they go.
+        token_blocks: blocks, counted from 1, after whose attention they go; None for 4, 7 and 10 of twelve, as
+            published, and like places in others.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.
         most: the largest ratio of anything that goes.
         round_to: sizes are multiples of it, rounded down; 1 as published. None for the nearest multiples of
@@ -107,7 +108,7 @@ class MultiDim(Method):
         "tokens",
     )
     tokens: TokenRule = "fuse"
-    token_blocks: tuple[Annotated[int, Field(ge=1)], ...] = TOKEN_BLOCKS
+    token_blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     stages: Annotated[int, Field(ge=1)] | None = 3
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
     round_to: Annotated[int, Field(ge=1)] | None = None
@@ -414,7 +415,7 @@ class MultiDim(Method):
             with_matching(shape, merging),
             self.dimensions,
             self.stages,
-            token_blocks=self.token_blocks,
+            token_blocks=self.token_blocks or token_blocks(shape.depth),
             most=self.most,
             steps=steps,
             nearest=self.round_to is None,
