@@ -1,0 +1,291 @@
+"""Gaussian-process search against random search, the uniform policy and closed-form's own allocation.
+
+    python benchmarks/policy_search.py --data ../shared/data --work ../work
+
+On the ViT-Ti/16 for Tiny-ImageNet at half of the MACs, training-free, 40 candidates, three seeds, with and without
+compensation. Rewards are on training images; validation images are used once, for the figures. Each row is appended
+to the log when it is done and not measured again, and searches go on from their journals.
+
+    python benchmarks/policy_search.py --part workers --work ../work
+
+times one worker, two workers that share a study, and one worker with two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from training_free import FEW, append, outcomes, read, span
+
+import vitailor as vt
+from vitailor.benchmarking import conditions
+from vitailor.data import open_images
+from vitailor.models import open_model
+from vitailor.preprocessing import resolve_preprocessing
+
+KEEP, TRIALS, SEEDS = 0.5, 40, (0, 1, 2)
+IMAGES, REWARD_IMAGES = 512, 128
+#: What is cut, by which order of units and rule for tokens: as published, and with everything vitailor has.
+SPACES: dict[str, dict] = {
+    "published": {},
+    "all dimensions": {
+        "criterion": "output_error",
+        "dimensions": ("neurons", "heads", "qk", "v", "tokens"),
+        "tokens": "attention",
+        "token_blocks": tuple(range(1, 12)),
+    },
+}
+
+
+class Bench:
+    """The model, its images, and where results go."""
+
+    def __init__(self, data: Path, work: Path, log: Path) -> None:
+        self.work, self.log = work, log
+        self.source = "vit_tiny_tinyimagenet200.safetensors"
+        self.dense = open_model(f"vit_tiny_patch16_224={data / self.source}").model
+        self.preprocessing = resolve_preprocessing(
+            self.dense, crop_pct=1.0, interpolation="bilinear"
+        )
+        self.calibration = open_images(
+            str(data / "tiny_imagenet/train"),
+            self.preprocessing,
+            images=IMAGES,
+            seed=0,
+            split="train",
+        )
+        self.validation = open_images(
+            str(data / "tiny_imagenet/validation"),
+            self.preprocessing,
+            num_classes=self.dense.num_classes,
+            labels_needed=True,
+        ).draw(FEW, 0)
+        self.done = {key(row) for row in read(log) if row["part"] == "search"}
+
+    def rows(self) -> None:
+        self.measure("dense", None, None, None, lambda: (self.dense, {}))
+        for compensation in (True, False):
+            for space in SPACES:
+                self.measure(
+                    "uniform", space, compensation, None, self.uniform(space, compensation)
+                )
+                for seed in SEEDS:
+                    for sampler in ("gp", "random"):
+                        run = self.searched(space, compensation, sampler, seed)
+                        self.measure(sampler, space, compensation, seed, run)
+        self.measure("closed-form", None, True, None, self.closed_form)
+
+    def measure(self, row: str, space: str | None, compensation: bool | None, seed, run) -> None:
+        facts = {"row": row, "space": space, "compensation": compensation, "seed": seed}
+        if key(facts) in self.done:
+            return
+        model, told = run()
+        found = vt.evaluate(model, self.validation, preprocessing=self.preprocessing)
+        shape = vt.shape_of(model)
+        facts |= {
+            "part": "search",
+            "top1": found.top1,
+            "images": found.images,
+            "correct": "".join("01"[hit] for hit in found.correct),
+            "macs": shape.macs,
+            "conditions": conditions(torch.device("cpu")) | {"threads": torch.get_num_threads()},
+            **told,
+        }
+        append(self.log, facts)
+        print(
+            f"{row} {space} compensation {compensation} seed {seed}: {found.top1:.2f}", flush=True
+        )
+
+    def method(self, space: str, compensation: bool, **more) -> vt.MultiDim:
+        fields = {"compensation": compensation, "reward_images": REWARD_IMAGES}
+        return vt.MultiDim(**(SPACES[space] | fields | more))
+
+    def uniform(self, space: str, compensation: bool):
+        """The first point of the design: everything cut alike."""
+        method = self.method(space, compensation, trials=1, initial=1)
+        return lambda: (self.search(method, 0, None).model, {})
+
+    def searched(self, space: str, compensation: bool, sampler: str, seed: int):
+        def run():
+            name = f"{space}-{compensation}-{sampler}-{seed}".replace(" ", "-")
+            method = self.method(space, compensation, trials=TRIALS, sampler=sampler)
+            found = self.search(method, seed, self.work / name)
+            seconds = sum(trial["seconds"] for trial in found.trials)
+            return found.model, {
+                "reward": found.best["reward"],
+                "rewards": [trial["reward"] for trial in found.trials],
+                "seconds_per_trial": seconds / len(found.trials),
+                "overhead": found.overhead_seconds / seconds,
+            }
+
+        return run
+
+    def search(self, method: vt.MultiDim, seed: int, folder: Path | None):
+        return vt.search(
+            self.dense,
+            vt.Budget(macs=KEEP),
+            data=self.calibration,
+            method=method,
+            seed=seed,
+            folder=folder,
+            source=self.source,
+            preprocessing=self.preprocessing,
+        )
+
+    def closed_form(self):
+        small = vt.compress(
+            self.dense,
+            vt.ClosedForm(),
+            vt.Budget(macs=KEEP),
+            data=self.calibration,
+            source=self.source,
+            preprocessing=self.preprocessing,
+        )
+        return small, {}
+
+
+def key(row: dict) -> tuple:
+    return row["row"], row["space"], row["compensation"], row["seed"]
+
+
+# -- several workers -----------------------------------------------------------------------------
+
+#: Trials of each run of `workers`.
+SHARED_TRIALS = 24
+
+
+def workers(data: Path, work: Path, log: Path) -> None:
+    """Trials a minute of one worker with one thread, of two such, and of one with two threads."""
+    speeds = {}
+    for name, count, threads in (("one", 1, 1), ("two", 2, 1), ("one, two threads", 1, 2)):
+        storage = work / f"{name.replace(' ', '-').replace(',', '')}-{time.time_ns()}.journal"
+        command = [
+            *(sys.executable, "-m", "vitailor.cli", "search", "vit_tiny_patch16_224"),
+            *("--weights", str(data / "vit_tiny_tinyimagenet200.safetensors"), "--keep", str(KEEP)),
+            *("--calibrate", str(data / "tiny_imagenet/train"), "--images", "128"),
+            *("--trials", str(SHARED_TRIALS), "--sampler", "random", "--storage", str(storage)),
+            *("--crop-pct", "1.0", "--interpolation", "bilinear", "--json"),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        started = [
+            subprocess.Popen(
+                [*command, "-o", f"{storage}-{i}"], env=environment, stdout=subprocess.DEVNULL
+            )
+            for i in range(count)
+        ]
+        if any(process.wait() for process in started):
+            raise SystemExit(f"{name}: a worker failed")
+        speeds[name] = rate(storage)
+        print(f"{name}: {speeds[name]:.1f} trials a minute", flush=True)
+    row = {
+        "part": "workers",
+        "trials_per_minute": speeds,
+        "conditions": conditions(torch.device("cpu")),
+    }
+    append(log, row)
+
+
+def rate(storage: Path) -> float:
+    """Trials a minute, from the first trial's beginning to the last one's end; what each worker does before, it
+    does once."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place = JournalStorage(JournalFileBackend(str(storage)))
+    (name,) = optuna.get_all_study_names(place)
+    trials = optuna.load_study(study_name=name, storage=place).trials
+    done = [trial for trial in trials if trial.datetime_complete is not None]
+    begun = max(first_by_worker(done))
+    ends = [trial.datetime_complete for trial in done]
+    within = [end for end in ends if end > begun]
+    return 60 * len(within) / (max(ends) - begun).total_seconds()
+
+
+def first_by_worker(trials) -> list:
+    """When the last worker came: the first trial that overlaps another, or else the first of all."""
+    trials = sorted(trials, key=lambda trial: trial.datetime_start)
+    later = [
+        trial.datetime_start
+        for before, trial in zip(trials, trials[1:], strict=False)
+        if trial.datetime_start < before.datetime_complete
+    ]
+    return [later[0] if later else trials[0].datetime_start]
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def page(rows: list[dict]) -> str:
+    found = [row for row in rows if row["part"] == "search"]
+    dense = next((row for row in found if row["row"] == "dense"), None)
+    if dense is None:
+        return ""
+    lines = [
+        "## Search over policies",
+        "",
+        f"The ViT-Ti/16 for Tiny-ImageNet at {KEEP:g} of the MACs, nothing trained: {TRIALS} candidates judged on",
+        f"{REWARD_IMAGES} training images, {IMAGES - REWARD_IMAGES} others to calibrate on. Top-1 is on the draw of",
+        f"{FEW:,} validation images, mean over seeds (dense {dense['top1']:.2f}). Made by",
+        "`python benchmarks/policy_search.py`; the rows are in `benchmarks/results/policy_search.jsonl`.",
+        "",
+        "| space | compensation | policy | top-1 by seed | mean | against closed-form, first seed | best reward, mean | s a trial | overhead |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    ours = next((row for row in found if row["row"] == "closed-form"), None)
+    if ours is not None:
+        lines.append(f"| | yes | closed-form's allocation | | {ours['top1']:.2f} | | | | |")
+    for space in SPACES:
+        for compensation in (True, False):
+            for name in ("gp", "random", "uniform"):
+                own = [r for r in found if key(r)[:3] == (name, space, compensation)]
+                if own:
+                    lines.append(line(own, ours, space, compensation, name))
+    for row in rows:
+        if row["part"] == "workers":
+            speeds = row["trials_per_minute"]
+            lines += [
+                "",
+                f"Trials a minute: one worker with one thread {speeds['one']:.1f}, two such "
+                f"{speeds['two']:.1f} ({speeds['two'] / speeds['one']:.2f} times), one worker with two threads "
+                f"{speeds['one, two threads']:.1f}.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def line(own: list[dict], ours: dict | None, space: str, compensation: bool, name: str) -> str:
+    values = [row["top1"] for row in own]
+    versus = "" if ours is None else span(outcomes(own[0]), outcomes(ours))
+    searched = "rewards" in own[0]
+    reward = f"{statistics.mean(row['reward'] for row in own):.3f}" if searched else ""
+    seconds = f"{statistics.mean(row['seconds_per_trial'] for row in own):.1f}" if searched else ""
+    overhead = f"{statistics.mean(row['overhead'] for row in own):.0%}" if searched else ""
+    return (
+        f"| {space} | {'yes' if compensation else 'no'} | {name} | {', '.join(f'{v:.1f}' for v in values)} | "
+        f"{statistics.mean(values):.2f} | {versus} | {reward} | {seconds} | {overhead} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for journals")
+    parser.add_argument("--log", type=Path, default=Path("benchmarks/results/policy_search.jsonl"))
+    parser.add_argument("--part", choices=("search", "workers"), default="search")
+    arguments = parser.parse_args()
+    if arguments.part == "workers":
+        workers(arguments.data, arguments.work, arguments.log)
+    else:
+        Bench(arguments.data, arguments.work, arguments.log).rows()
+
+
+if __name__ == "__main__":
+    main()
