@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -215,7 +216,7 @@ def first_by_worker(trials) -> list:
     trials = sorted(trials, key=lambda trial: trial.datetime_start)
     later = [
         trial.datetime_start
-        for before, trial in zip(trials, trials[1:], strict=False)
+        for before, trial in pairwise(trials)
         if trial.datetime_start < before.datetime_complete
     ]
     return [later[0] if later else trials[0].datetime_start]

@@ -10,6 +10,7 @@ from pathlib import Path
 import decomposition
 import dependence
 import fine_tuning
+import hybrid_claim
 import policy_search
 import training_free
 import vtp_cifar10
@@ -22,6 +23,7 @@ def main() -> None:
         training_free.page(training_free.read(LOGS / "training_free.jsonl")),
         fine_tuning.page(training_free.read(LOGS / "fine_tuning.jsonl")),
         decomposition.page(training_free.read(LOGS / "decomposition.jsonl")),
+        hybrid_claim.page(training_free.read(LOGS / "hybrid_claim.jsonl")),
         policy_search.page(training_free.read(LOGS / "policy_search.jsonl")),
         dependence.page(training_free.read(LOGS / "dependence.jsonl")),
         vtp_cifar10.page(training_free.read(LOGS / "vtp_cifar10.jsonl")),
