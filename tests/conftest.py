@@ -76,7 +76,14 @@ def build_t2t(*, seed: int = 0, **overrides: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         arguments = {name: value for name, value in TINY.items() if name != "patch_size"}
         model = T2TViT(**(arguments | {"img_size": 48, "mlp_ratio": 4.0} | overrides))
-    return randomise(model, seed).eval()
+    randomise(model, seed)
+    stage = model.tokens_to_token
+    with torch.no_grad():
+        for layer in (stage.attention1, stage.attention2):
+            layer.w.mul_(32**0.5)
+            for p in layer.kqv.parameters():
+                p.mul_(0.25)  # long keys and queries attend to nothing
+    return model.eval()
 
 
 def images(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ split, E features of a Performer, M its random features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,11 +70,12 @@ class TokenPerformer(nn.Module):
         k, q, v_BNE = self.kqv(self.norm1(x_BNI)).chunk(3, dim=-1)
         # Sums of exponentials over thousands of tokens leave the range of half precision.
         wide = torch.promote_types(v_BNE.dtype, torch.float32)
-        k_BNM, q_BNM = self.features(k.to(wide)), self.features(q.to(wide))
-        mixed_BME = k_BNM.transpose(1, 2) @ v_BNE.to(wide)
-        total_BN1 = q_BNM @ k_BNM.sum(1).unsqueeze(2)
-        y_BNE = ((q_BNM @ mixed_BME) / (total_BN1 + EPSILON)).to(v_BNE.dtype)
-        out: Tensor = v_BNE + self.dp(self.proj(y_BNE))
+        with _without_autocast(v_BNE.device.type):
+            k_BNM, q_BNM = self.features(k.to(wide)), self.features(q.to(wide))
+            mixed_BME = k_BNM.transpose(1, 2) @ v_BNE.to(wide)
+            total_BN1 = q_BNM @ k_BNM.sum(1).unsqueeze(2)
+            y_BNE = (q_BNM @ mixed_BME) / (total_BN1 + EPSILON)
+        out: Tensor = v_BNE + self.dp(self.proj(y_BNE.to(v_BNE.dtype)))
         return out
 
     def forward(self, x_BNI: Tensor) -> Tensor:
@@ -251,6 +253,12 @@ def sinusoids(num_positions: int, dim: int) -> Tensor:
     angle_ND = position_N1 / 10000 ** (2 * pair_D.double() / dim)
     even_D = torch.arange(dim) % 2 == 0
     return torch.where(even_D, angle_ND.sin(), angle_ND.cos()).to(torch.get_default_dtype())
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switches autocast off; where it is off already, there is nothing for a tracer to see."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _start(module: nn.Module) -> None:
