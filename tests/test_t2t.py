@@ -22,7 +22,7 @@ from vitailor.models import open_model
 from vitailor.preprocessing import resolve_preprocessing
 from vitailor.shape import revise
 
-LINEAR, NORM = ("weight", "bias"), ("weight", "bias")
+BOTH = ("weight", "bias")
 
 
 def published_names(depth: int) -> set[str]:
@@ -35,14 +35,14 @@ def published_names(depth: int) -> set[str]:
     for layer in ("attention1", "attention2"):
         names.add(f"tokens_to_token.{layer}.w")
         for part in ("kqv", "proj", "norm1", "norm2", "mlp.0", "mlp.2"):
-            add(f"tokens_to_token.{layer}.{part}", LINEAR)
-    add("tokens_to_token.project", LINEAR)
+            add(f"tokens_to_token.{layer}.{part}", BOTH)
+    add("tokens_to_token.project", BOTH)
     for i in range(depth):
         add(f"blocks.{i}.attn.qkv", ("weight",))
         for part in ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-            add(f"blocks.{i}.{part}", LINEAR)
-    add("norm", NORM)
-    add("head", LINEAR)
+            add(f"blocks.{i}.{part}", BOTH)
+    add("norm", BOTH)
+    add("head", BOTH)
     return names
 
 
