@@ -194,6 +194,14 @@ def test_dropout_is_for_training():
     assert not torch.equal(model.tokens_to_token(x), model.tokens_to_token(x))
 
 
+def test_any_batch_size_can_be_traced():
+    model = build_t2t()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    traced = torch.export.export(model, (images(model),), dynamic_shapes=({0: batch},)).module()
+    x = images(model, batch=5)
+    torch.testing.assert_close(traced(x), model(x))
+
+
 # -- building ------------------------------------------------------------------------------------
 
 

@@ -214,7 +214,7 @@ class T2TViT(nn.Module):
                 "Resize them, or build the model with another img_size.",
             )
         patches_BND = self.tokens_to_token(x_BCHW)
-        x_BND = torch.cat((self.cls_token.expand(len(patches_BND), -1, -1), patches_BND), dim=1)
+        x_BND = torch.cat((self.cls_token.expand(patches_BND.shape[0], -1, -1), patches_BND), dim=1)
         out: Tensor = self.pos_drop(x_BND + self.pos_embed)
         return out
 
