@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 # Before torch reads them. Tests are many and small: threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from vitailor.shape import BlockShape, ViTShape
+from vitailor.t2t import T2TViT
 
 torch.set_num_threads(1)
 # The same examples everywhere, and none too slow for a busy machine.
@@ -46,7 +48,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(p.shape, generator=generator)
             if (
                 p.dim() >= 2
-                and "token" not in name
+                and not name.endswith("token")
                 and "embed" not in name
                 and "latent" not in name
             ):
@@ -69,10 +71,25 @@ def _built(name: str, seed: int, overrides: tuple[tuple[str, object], ...]) -> n
     return randomise(model, seed).eval()
 
 
+def build_t2t(*, seed: int = 0, **overrides: Any) -> nn.Module:
+    """The same of T2T-ViT: 9 patch tokens, two blocks of two heads."""
+    with torch.random.fork_rng(devices=[]):
+        arguments = {name: value for name, value in TINY.items() if name != "patch_size"}
+        model = T2TViT(**(arguments | {"img_size": 48, "mlp_ratio": 4.0} | overrides))
+    randomise(model, seed)
+    stage = model.tokens_to_token
+    with torch.no_grad():
+        for layer in (stage.attention1, stage.attention2):
+            layer.w.mul_(32**0.5)
+            for p in layer.kqv.parameters():
+                p.mul_(0.25)  # long keys and queries attend to nothing
+    return model.eval()
+
+
 def images(model: nn.Module, batch: int = 2, seed: int = 1) -> Tensor:
     """Random input of the model's size and dtype."""
     generator = torch.Generator().manual_seed(seed)
-    size = model.patch_embed.img_size
+    size = getattr(model, "image_size", None) or model.patch_embed.img_size
     dtype = next(model.parameters()).dtype
     return torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64).to(dtype)
 

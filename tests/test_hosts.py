@@ -1,4 +1,4 @@
-"""The contract of a host library, over the family of timm's plain Vision Transformers."""
+"""The contract of a host library, over the family of timm's plain Vision Transformers and T2T-ViT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import build, images
+from conftest import build, build_t2t, images
 from vitailor import surgery, tokens
 from vitailor.errors import PlanError, UnsupportedModelError
 from vitailor.hosts import host_named, host_of, shape_of
@@ -33,16 +33,24 @@ FAMILY = {
     "vit_small_patch16_224-qk_norm": {"qk_norm": True},
     "vit_small_patch16_224-no_biases": {"qkv_bias": False, "proj_bias": False},
 }
+T2T = "t2t_vit_7"  # has less of an interface than timm's
 PREFIX = {"deit_small_distilled_patch16_224": 2, "vit_small_patch14_reg4_dinov2": 5}
 WITHOUT_PREFIX = ("vit_base_patch16_siglip_224", "vit_medium_patch16_gap_256")
 
 
-@pytest.fixture(params=FAMILY)
+@pytest.fixture(params=[*FAMILY, T2T])
 def name(request):
     return request.param
 
 
+@pytest.fixture(params=FAMILY)
+def timm_name(request):
+    return request.param
+
+
 def make(name: str, **overrides) -> nn.Module:
+    if name == T2T:
+        return build_t2t(**overrides)
     return build(name.partition("-")[0], **FAMILY.get(name, {}), **overrides)
 
 
@@ -232,7 +240,7 @@ def test_skeleton_refuses_what_it_never_wrote(vit, change, message):
 
 def test_every_stored_argument_is_taken_back(name):
     shape = shape_of(make(name))
-    assert shape_of(host_named("timm").skeleton(shape)).architecture == shape.architecture
+    assert shape_of(host_named(shape.host).skeleton(shape)).architecture == shape.architecture
 
 
 def test_dropout_survives():
@@ -281,8 +289,8 @@ def test_features_and_head_make_the_model(name, merge):
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_forward_intermediates(name, merge):
-    model = compressed(name, merge=merge)
+def test_forward_intermediates(timm_name, merge):
+    model = compressed(timm_name, merge=merge)
     x = images(model)
     whole = model.forward_features(x)
     # The blocks' outputs without the host's loop, patches as maps.
@@ -303,8 +311,8 @@ def test_forward_intermediates(name, merge):
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_forward_intermediates_norm_and_prefix(name, merge):
-    model = compressed(name, merge=merge)
+def test_forward_intermediates_norm_and_prefix(timm_name, merge):
+    model = compressed(timm_name, merge=merge)
     x = images(model)
     prefix = model.num_prefix_tokens
     plain = model.forward_intermediates(
@@ -392,8 +400,8 @@ def test_deepcopy_is_independent(merge):
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_another_input_size(name, merge):
-    model = compressed(name, merge=merge)
+def test_another_input_size(timm_name, merge):
+    model = compressed(timm_name, merge=merge)
     model.set_input_size(img_size=(40, 32))
     shape = shape_of(model)
     assert shape.num_tokens == 20 + shape.num_prefix_tokens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import build, images
+from conftest import build, build_t2t, images
 from plans import plans
 from vitailor import artifact, layers, surgery
 from vitailor.errors import PlanError, UnsupportedModelError
@@ -33,17 +33,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention pooling": ("vit_base_patch16_siglip_224", {}),
     "qk norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
+    "t2t": ("t2t", {}),
 }
 SIZES = {"num_heads": 4, "mlp_ratio": 1.5}
 
 
 def dense(kind: str = "plain") -> nn.Module:
     name, overrides = KINDS[kind]
+    if name == "t2t":
+        return build_t2t(**SIZES).double()
     return build(name, **SIZES, **overrides).double()
 
 
 DENSE_MODELS = {kind: dense(kind) for kind in KINDS}
-X = images(DENSE_MODELS["plain"])
+IMAGES = {kind: images(model) for kind, model in DENSE_MODELS.items()}
+X = IMAGES["plain"]
 kinds = st.sampled_from(list(KINDS))
 
 
@@ -94,13 +98,14 @@ def test_masked_equals_sliced(data, kind):
     model = DENSE_MODELS[kind]
     plan = data.draw(plans(shape_of(model)))
     with torch.inference_mode():
-        assert_equal(surgery.apply(model, plan)(X), masked(model, plan)(X))
+        x = IMAGES[kind]
+        assert_equal(surgery.apply(model, plan)(x), masked(model, plan)(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masking_changes_the_outputs(kind):
     """Else the test above would compare a model with itself."""
-    model = DENSE_MODELS[kind]
+    model, x = DENSE_MODELS[kind], IMAGES[kind]
     units = {
         "heads": (0, 2, 3),
         "v_dims": ((0, 1, 3),) * 4,
@@ -113,7 +118,7 @@ def test_masking_changes_the_outputs(kind):
         units["qk_dims"] = ((1, 2, 3),) * 4
     for field, kept in units.items():
         plan = Plan(blocks=(BlockPlan(**{field: kept}), BlockPlan()))
-        change = (masked(model, plan)(X) - model(X)).abs().max()
+        change = (masked(model, plan)(x) - model(x)).abs().max()
         assert change > 1e-4, field
 
 
@@ -126,7 +131,7 @@ def test_cost_of_random_plans_is_what_is_counted(data, kind):
     assert shape == plan.result(shape_of(model))
     assert shape.params == sum(p.numel() for p in small.parameters())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        small(X[:1])
+        small(IMAGES[kind][:1])
     assert 2 * shape.macs == counter.get_total_flops()
 
 
@@ -136,7 +141,7 @@ def test_full_rank_factorisation(kind):
     full = Ranks(q=16, k=16, v=16, out=16, fc1=16, fc2=16)
     factored = surgery.apply(model, Plan(blocks=(BlockPlan(ranks=full), BlockPlan(ranks=full))))
     assert isinstance(factored.blocks[0].attn.q, layers.LowRankLinear)
-    assert_equal(factored(X), model(X))
+    assert_equal(factored(IMAGES[kind]), model(IMAGES[kind]))
 
 
 @given(st.data(), kinds)
@@ -146,7 +151,7 @@ def test_factors_multiply_out(data, kind):
     back = surgery.merge_back(factored)
     assert all(b.ranks == DENSE for b in shape_of(back).blocks)
     with torch.inference_mode():
-        assert_equal(back(X), factored(X))
+        assert_equal(back(IMAGES[kind]), factored(IMAGES[kind]))
 
 
 @pytest.mark.parametrize("name", Ranks.model_fields)
@@ -223,8 +228,8 @@ def test_two_plans_in_a_row_are_one(data, kind):
     second = data.draw(plans(shape_of(once), tokens=False))
     both = Plan(blocks=tuple(map(composed, first.blocks, second.blocks)))
     with torch.inference_mode():
-        expected = surgery.apply(model, both)(X)
-        assert_equal(surgery.apply(once, second)(X), expected)
+        expected = surgery.apply(model, both)(IMAGES[kind])
+        assert_equal(surgery.apply(once, second)(IMAGES[kind]), expected)
 
 
 def composed(first: BlockPlan, second: BlockPlan) -> BlockPlan:

@@ -1,10 +1,11 @@
-"""Opening a model as users name it: a timm name, an artifact folder, or NAME=FILE with local weights."""
+"""Opening a model as users name it: a timm or T2T-ViT name, an artifact folder, or NAME=FILE."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import t2t
 from .artifact import describe_mismatch, is_artifact, load
 from .errors import UnsupportedModelError, UsageError, WeightsError
 from .hosts import shape_of
@@ -24,7 +26,7 @@ from .hosts import shape_of
 WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module")
 #: What data-parallel training and compilation put before every name.
 PREFIXES = ("module.", "_orig_mod.")
-OTHER_HOSTS = re.compile(r"(transformers|torchvision):|t2t", re.IGNORECASE)
+OTHER_HOSTS = re.compile(r"(transformers|torchvision):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ def open_model(
     """Open a model. The global random state is not touched.
 
     Args:
-        spec: a timm name, an artifact folder (which wins over a timm name), or `NAME=FILE`.
+        spec: a name of timm's or of T2T-ViT's, an artifact folder (which wins over a name), or `NAME=FILE`.
         weights: file of tensors for the model, the same as `NAME=FILE`; nothing is downloaded then.
             `.safetensors`, or a `.pth` of tensors, which may be wrapped as training scripts do.
-        num_classes: outputs of the head; by default what the weights have, or timm's for the name.
-        pretrained: whether a timm name without `weights` gets its pretrained weights.
+        num_classes: outputs of the head; by default what the weights have, or the usual for the name.
+        pretrained: whether a name without `weights` gets its pretrained weights. T2T-ViT's are not for
+            download by name.
 
     Raises:
         UsageError: when the arguments contradict each other.
@@ -59,7 +62,7 @@ def open_model(
     """
     name, file = _split(os.fspath(spec), None if weights is None else os.fspath(weights))
     source = name if file is None else f"{name}={file}"
-    if is_artifact(name) or (_is_path(name) and not timm.is_model(name)):
+    if is_artifact(name) or (_is_path(name) and not _is_name(name)):
         model = load(name)
         if file is not None:
             fill(model, read_weights(file), file, name)
@@ -94,7 +97,10 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Training scripts put their command line beside the tensors: plain attributes, no code.
+            known = torch.serialization.get_safe_globals()
+            with torch.serialization.safe_globals([] if Namespace in known else [Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.", "Get the file again.") from error
     except Exception as error:  # unpickling fails in many ways
@@ -162,17 +168,32 @@ def _require_known(name: str) -> None:
     if OTHER_HOSTS.match(name):
         raise UnsupportedModelError(
             f"'{name}' is a model of a host library that this version does not support.",
-            "Use a timm name, e.g. vit_tiny_patch16_224, or an artifact folder.",
+            "Use a timm name, e.g. vit_tiny_patch16_224, a T2T-ViT name, e.g. t2t_vit_14, or an artifact "
+            "folder.",
         )
+    if name in t2t.VARIANTS:
+        return
     architecture, _, tag = name.partition(".")
-    candidates = timm.list_models()
+    candidates = [*t2t.VARIANTS, *timm.list_models()]
     if timm.is_model(architecture):
         candidates = timm.list_models(f"{architecture}.*", pretrained=True)
         if not tag or name in candidates:
             return
-    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(close)}?" if close else "See timm.list_models()."
-    raise UnsupportedModelError(f"'{name}' is neither a timm model nor an artifact folder.", hint)
+    close = difflib.get_close_matches(_plain(name), candidates, n=3, cutoff=0.5)
+    known = f"See timm.list_models(), or use {', '.join(t2t.VARIANTS)}."
+    hint = f"Did you mean {' or '.join(close)}?" if close else known
+    raise UnsupportedModelError(
+        f"'{name}' is neither a timm or T2T-ViT model nor an artifact folder.", hint
+    )
+
+
+def _is_name(name: str) -> bool:
+    return name in t2t.VARIANTS or timm.is_model(name)
+
+
+def _plain(name: str) -> str:
+    """A name as code would write it."""
+    return name.lower().replace("-", "_")
 
 
 def _require_supported(name: str) -> None:
@@ -186,10 +207,17 @@ def _require_supported(name: str) -> None:
 
 
 def _build(name: str, num_classes: int | None) -> nn.Module:
+    if name in t2t.VARIANTS:
+        return t2t.create(name, num_classes)
     return timm.create_model(name, num_classes=num_classes)
 
 
 def _pretrained(name: str, num_classes: int | None) -> nn.Module:
+    if name in t2t.VARIANTS:
+        raise WeightsError(
+            f"Cannot get the pretrained weights of {name}: they are released as files only.",
+            f"Get such a file and give it as local weights (--weights FILE or {name}=FILE).",
+        )
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except Exception as error:  # of the hub, of HTTP libraries, of timm

@@ -117,7 +117,7 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
     """
     owners: tuple[tuple[Any, str], ...] = (
         (getattr(model, "patch_embed", None), "img_size"),  # timm
-        (model, "image_size"),  # torchvision
+        (model, "image_size"),  # torchvision, T2T-ViT
         (getattr(model, "config", None), "image_size"),  # transformers
     )
     for owner, name in owners:

@@ -34,9 +34,9 @@ def _root(
 ) -> None:
     """Cut a trained Vision Transformer to a budget; get back a smaller, faster plain model.
 
-    MODEL is a timm name or a folder that compress wrote. NAME=FILE gives it local weights; then
-    nothing is downloaded. DATA is an image folder (class subfolders; without them unlabeled), a timm
-    dataset (hfds/..., wds/..., torch/...), or digits, which come with the install.
+    MODEL is a timm name, a T2T-ViT name (t2t_vit_14) or a folder that compress wrote. NAME=FILE gives it
+    local weights; then nothing is downloaded. DATA is an image folder (class subfolders; without them
+    unlabeled), a timm dataset (hfds/..., wds/..., torch/...), or digits, which come with the install.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -20,7 +20,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm name, or a folder that compress wrote; NAME=FILE gives it local weights.",
+        help="timm or T2T-ViT name, or a folder that compress wrote; NAME=FILE gives it local weights.",
         show_default=False,
     ),
 ]

@@ -66,9 +66,10 @@ class Host(Protocol):
 
 
 def all_hosts() -> tuple[Host, ...]:
+    from .t2t_vit import T2T
     from .timm_vit import TimmViT
 
-    return (TimmViT(),)
+    return (TimmViT(), T2T())
 
 
 def host_of(model: nn.Module) -> Host:
@@ -82,7 +83,8 @@ def host_of(model: nn.Module) -> Host:
             return host
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__name__} is not a model vitailor knows.",
-        "Supported: timm's VisionTransformer family (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP).",
+        "Supported: timm's VisionTransformer family (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP) and "
+        "vitailor.t2t's T2T-ViT.",
     )
 
 
