@@ -36,6 +36,8 @@ METHODS: dict[str, Method] = {
     "bare": ClosedForm(criterion="magnitude", compensation=False, harm_images=8, tune_images=0),
     "cosine": ClosedForm(matching="cosine", harm_images=8, tune_images=0),
     "refined": ClosedForm(refine=2, harm_images=8, tune_images=0),
+    "multi-dim": vt.MultiDim(trials=3, stages=1),
+    "multi-dim, merging": vt.MultiDim(trials=2, stages=1, tokens="ward", criterion="output_error"),
     "token-merge": TokenMerge(),
     "token-merge, ward": TokenMerge(matching="ward"),
 }
@@ -61,6 +63,8 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 def dimensions_of(method: Method, model: nn.Module) -> tuple[str, ...]:
     shape = shape_of(model)
+    if isinstance(method, vt.MultiDim):
+        return method.dimensions
     return method._dimensions(shape) if isinstance(method, ClosedForm) else ("tokens",)
 
 
@@ -238,6 +242,23 @@ def test_only_the_dimensions_allowed_are_cut(allocation, dimension):
             if other != dimension:
                 assert getattr(now, FIELDS[other]) == getattr(before, FIELDS[other])
     assert shape_of(small).macs < shape_of(model).macs
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_tokens_that_nothing_reads_are_not_paired(pool):
+    model = make(global_pool=pool, class_token=pool == "token")
+    method = ClosedForm(dimensions=("tokens",), allocation="uniform")
+    small = vt.compress(model, method, vt.Budget(macs=0.8), data=data(model))
+    first, last = shape_of(small).blocks[0], shape_of(small).blocks[-1]
+    assert last.num_tokens_out < last.num_tokens_in
+    assert not first.fuses
+    assert last.fuses == (pool == "token")
+    paired = copy.deepcopy(small)
+    paired.blocks.block(-1).fuses = False
+    x = images(model)
+    with torch.inference_mode():
+        assert torch.equal(small(x), paired(x))
+    assert shape_of(small).macs <= shape_of(paired).macs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

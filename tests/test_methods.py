@@ -8,7 +8,7 @@ from conftest import shape
 from vitailor.allocate import allocate_uniform
 from vitailor.budget import Budget
 from vitailor.errors import BudgetError, UsageError
-from vitailor.methods import METHODS, VTP, ClosedForm, Hybrid, LowRank, TokenMerge
+from vitailor.methods import METHODS, VTP, ClosedForm, Hybrid, LowRank, MultiDim, TokenMerge
 from vitailor.methods.base import within
 from vitailor.shape import ViTShape
 from vitailor.sizes import Steps
@@ -26,6 +26,7 @@ def test_methods_are_found_by_name():
         "vtp": VTP,
         "low-rank": LowRank,
         "hybrid": Hybrid,
+        "multi-dim": MultiDim,
     } == METHODS
 
 

@@ -139,6 +139,7 @@ class ViTShape(Facts):
         outer_params, outer_macs: cost of everything outside the blocks.
         block_params: parameters of a block's norms and layer scales, which no plan changes.
         qkv_bias, out_bias, mlp_bias: which projections have a bias.
+        pools_prefix: the head reads prefix tokens alone, so what the last block makes of the others is lost.
         qk_norm: parameters of the query and of the key norm per head dim (0, 1 or 2); a model with
             normalised queries and keys keeps its qk_dim.
         matching: rule by which tokens are paired for merging (`tokens.merge`).
@@ -158,6 +159,7 @@ class ViTShape(Facts):
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    pools_prefix: bool = False
     qk_norm: NonNegative = 0
     matching: Matching = "ward"
     match_features: Positive | None = None

@@ -118,22 +118,30 @@ def merge(
     # What a round asks of a token is summed over its members: features, size and weight.
     # Who goes where is a choice without gradient.
     size = size.to(torch.promote_types(size.dtype, torch.float32))  # for weights far below 1
-    columns = [metric_BNM.detach() * size.unsqueeze(-1), size.unsqueeze(-1)]
+    metric = metric_BNM.detach()
+    columns = [
+        metric if tokens.size is None else metric * size.unsqueeze(-1),
+        size.unsqueeze(-1),
+    ]
     if matching != "cosine":
         weight = size if attention_BN is None else shares(size, attention_BN, num_prefix)
         columns.append(weight.unsqueeze(-1))
     table = torch.cat(columns, dim=-1)
     features = metric_BNM.shape[-1]
     target: Tensor | None = None
-    for merged in merge_rounds(n - num_prefix, n - num_out, matching):
+    rounds = merge_rounds(n - num_prefix, n - num_out, matching)
+    for number, merged in enumerate(rounds, start=1):
         weight_BN = table[..., features + 1] if matching != "cosine" else None
         step = _pair_off(table[..., :features], weight_BN, merged, num_prefix)
         n -= merged
+        if number == len(rounds):  # no round follows that would compare them
+            table, features = table[..., features:], 0
         table = _sum_into(table, step, n)
         target = step if target is None else step.gather(1, target)
     assert target is not None  # there was something to merge
     total = table[..., features].to(tokens.x.dtype)
-    x = _sum_into(tokens.x * size.unsqueeze(-1).to(tokens.x.dtype), target, n) / total.unsqueeze(-1)
+    x = tokens.x if tokens.size is None else tokens.x * size.unsqueeze(-1).to(tokens.x.dtype)
+    x = _sum_into(x, target, n) / total.unsqueeze(-1)
     source = target if tokens.source is None else target.gather(1, tokens.source)
     return Tokens(x, total, source)
 

@@ -128,6 +128,8 @@ def fitting_skeleton(shape: ViTShape, entries: Mapping[str, Entry]) -> nn.Module
         name: getattr(shape, name)
         for name in ("architecture", "name", "matching", "match_features")
     }
+    if "pools_prefix" not in shape.model_fields_set:  # which older artifacts do not tell
+        free["pools_prefix"] = shape.pools_prefix
     if revise(described, **free) != shape:
         field = next(
             n

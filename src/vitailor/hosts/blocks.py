@@ -62,6 +62,7 @@ class BlockHost:
         *,
         architecture: dict[str, Any],
         outer_macs: int,
+        pools_prefix: bool,
     ) -> ViTShape:
         """Shape of a model of which everything is accounted for."""
         host = cast(Any, model)
@@ -83,6 +84,7 @@ class BlockHost:
             qkv_bias=qkv_has_bias(attn),
             out_bias=attn.proj.bias is not None,
             mlp_bias=mlp.fc1.bias is not None,
+            pools_prefix=pools_prefix,
             qk_norm=_norm_params_per_dim(attn),
             matching="ward" if stack is None else stack.matching,
             match_features=None if stack is None else stack.match_features,

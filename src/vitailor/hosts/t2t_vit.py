@@ -56,7 +56,11 @@ class T2T(BlockHost):
         for i in range(len(blocks)):
             _check_block(f"blocks.{i}", host.blocks[i])
         return self.shape(
-            model, blocks, architecture=_architecture(host), outer_macs=_outer_macs(host)
+            model,
+            blocks,
+            architecture=_architecture(host),
+            outer_macs=_outer_macs(host),
+            pools_prefix=True,
         )
 
     def num_tokens(self, model: nn.Module) -> int:

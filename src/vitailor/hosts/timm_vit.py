@@ -59,7 +59,11 @@ class TimmViT(BlockHost):
         host = _supported(model)
         blocks = self.blocks(model)  # first, since the architecture is read off them
         return self.shape(
-            model, blocks, architecture=_architecture(host), outer_macs=_outer_macs(host)
+            model,
+            blocks,
+            architecture=_architecture(host),
+            outer_macs=_outer_macs(host),
+            pools_prefix=host.global_pool == "token" and host.attn_pool is None,
         )
 
     def num_tokens(self, model: nn.Module) -> int:

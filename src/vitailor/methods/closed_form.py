@@ -189,7 +189,7 @@ class ClosedForm(Method):
         task.progress(1, stages)
         target, facts = self._allocate(task, shape, ready)
         task.progress(2, stages)
-        return Prepared(ready.model, plan_for(shape, target, ready.orders), facts)
+        return Prepared(ready.model, self._plan_for(shape, target, ready), facts)
 
     def sort(self, task: Task) -> Sorted:
         """Steps 1 and 2."""
@@ -233,6 +233,16 @@ class ClosedForm(Method):
             return [variance(own).order() for own in moments]
         return [s.order() for s in taylor(model, task.batches(), self.taylor_labels == "given")]
 
+    def _plan_for(self, shape: ViTShape, target: ViTShape, ready: Sorted) -> Plan:
+        """The plan for these sizes. Where the head reads prefix tokens alone, nothing reads what the last block
+        makes of the others, and to pair these carefully would only take time."""
+        last = target.blocks[-1]
+        if shape.pools_prefix and last.num_tokens_out < last.num_tokens_in:
+            fused = last.model_copy(update={"fuses": True})
+            quick = target.with_blocks((*target.blocks[:-1], fused))
+            target = quick if quick.macs <= target.macs else target
+        return plan_for(shape, target, ready.orders)
+
     def _allocate(
         self,
         task: Task,
@@ -258,7 +268,7 @@ class ClosedForm(Method):
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
             return task.stopwatch(
-                [apply(ready.model, plan_for(shape, s, ready.orders)) for s in shapes]
+                [apply(ready.model, self._plan_for(shape, s, ready)) for s in shapes]
             )
 
         if self.allocation == "uniform":
