@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import strategies as st
 
 from vitailor.plan import BlockPlan, Plan
@@ -20,6 +22,16 @@ def per_head(draw: st.DrawFn, heads: int, dims: int) -> tuple[tuple[int, ...], .
     """Equally many dims for each head."""
     size = draw(st.integers(1, dims))
     return tuple(draw(subsets(dims, size)) for _ in range(heads))
+
+
+def places(shape: ViTShape) -> st.SearchStrategy[tuple[tuple[float, ...], ...]]:
+    """Weights of the places of tokens for each block."""
+
+    def rows(seed: int) -> tuple[tuple[float, ...], ...]:
+        draw = Random(seed).random
+        return tuple(tuple(draw() for _ in range(shape.num_tokens)) for _ in range(shape.depth))
+
+    return st.integers(0, 99).map(rows)
 
 
 def maybe(strategy):
@@ -75,4 +87,5 @@ def plans(draw: st.DrawFn, shape: ViTShape, *, tokens: bool = True, ranks: bool 
         blocks=tuple(blocks),
         matching=draw(maybe(st.sampled_from(rules))),
         match_features=draw(maybe(per_head(shape.depth, shape.embed_dim))),
+        token_weights=draw(maybe(places(shape))),
     )

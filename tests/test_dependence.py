@@ -127,9 +127,11 @@ def test_units_are_scored_by_what_they_put_out(name):
     model = build(name).double()
     batches = [images(model, 6, seed=1), images(model, 6, seed=2)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = d.score(model, batches)
+    found = d.score(model, batches, tokens=True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    expected = {(i, what): 0.0 for i in range(2) for what in ("heads", "relevance", "activity")}
+    expected = {
+        (i, what): 0.0 for i in range(2) for what in ("heads", "relevance", "activity", "tokens")
+    }
     for x in batches:
         seen: dict[tuple[int, str], Tensor] = {}
         handles = [
@@ -137,7 +139,7 @@ def test_units_are_scored_by_what_they_put_out(name):
                 lambda _, args, key=(i, child), into=seen: into.update({key: args[0]})
             )
             for i, block in enumerate(model.blocks)
-            for child in ("attn.proj", "mlp.fc2")
+            for child in ("attn", "attn.proj", "mlp.fc2")
         ]
         with torch.no_grad():
             y = model(x).softmax(-1)
@@ -155,11 +157,19 @@ def test_units_are_scored_by_what_they_put_out(name):
                 for f in range(hidden.shape[-1])
             ]
             expected[i, "relevance"] += torch.stack(scores) / 2
+            values = model.blocks[i].attn.qkv(seen[i, "attn"])[..., 32:].detach()
+            scores = [
+                plain_biased(plain_gaussian(values[:, n], d.BANDWIDTHS), y @ y.mT)
+                for n in range(values.shape[1])
+            ]
+            expected[i, "tokens"] += torch.stack(scores) / 2
             expected[i, "activity"] += hidden.abs().mean((0, 1)) / 2
     for i, block in enumerate(found):
         assert torch.allclose(block.heads, expected[i, "heads"], rtol=1e-6)
         assert torch.allclose(block.relevance, expected[i, "relevance"], rtol=1e-6)
         assert torch.allclose(block.activity, expected[i, "activity"], rtol=1e-6)
+        low, high = expected[i, "tokens"].aminmax()
+        assert torch.allclose(block.tokens, (expected[i, "tokens"] - low) / (high - low), atol=1e-6)
 
 
 def test_neurons_mix_relevance_and_activity():

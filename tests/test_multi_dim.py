@@ -49,6 +49,7 @@ def found(folder=None, *, data=None, budget=HALF, **settings):
         {"compensation": False, "round_to": 1, "stages": None},
         {"criterion": "output_error", "dimensions": ("neurons", "qk", "v", "tokens")},
         {"tokens": "attention", "reward": "accuracy"},
+        {"tokens": "fuse-dependence", "criterion": "output_error"},
         {"sampler": "random", "bandwidths": "median", "estimator": "unbiased"},
     ],
 )
@@ -116,6 +117,20 @@ def test_units_go_by_dependence_on_the_predictions():
             assert sorted(best.tolist()) == list(kept)
             checked += 1
     assert checked
+
+
+def test_places_weigh_what_depends_on_the_predictions():
+    result = found(tokens="fuse-dependence", reward_images=10, trials=2)
+    images = open_images(labeled(), result.model.vitailor.preprocessing, split="train")
+    judged = images.draw(10, 0)
+    rest = images.subset(i for i, name in enumerate(images.names) if name not in set(judged.names))
+    scores = dependence.score(dense(), loader(rest, batch_size=len(rest)), tokens=True)
+    (step,) = result.model.vitailor.steps
+    torch.testing.assert_close(
+        torch.tensor(step.plan.token_weights), torch.stack([s.tokens for s in scores]).float()
+    )
+    assert all(s.tokens.min() == 0 and s.tokens.max() == 1 for s in scores)
+    assert shape_of(result.model).weighs_tokens
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path):

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import build, images
+from vitailor import artifact, surgery, tokens
 from vitailor import shape as shape_module
-from vitailor import surgery, tokens
+from vitailor.errors import PlanError, UnsupportedModelError
 from vitailor.hosts import shape_of
 from vitailor.layers import Block, BlockStack
 from vitailor.plan import BlockPlan, Plan
@@ -149,6 +150,59 @@ def test_selected_tokens_are_those_that_the_class_token_or_the_mean_query_looks_
     torch.testing.assert_close(got.x, expected.x)
     assert torch.equal(got.source, state.source)
     assert got.size is None
+
+
+@given(selections())
+def test_values_of_places_are_averaged_over_members(case):
+    x, prefix = case["x"], case["prefix"]
+    value = random(x.shape[1], seed=9)
+    state = tokens.start(x)
+    assert torch.equal(tokens.of_members(state, value), value.expand(2, -1))
+    for n in case["outs"]:
+        score = random(2, state.x.shape[1], seed=n).softmax(-1)
+        state = tokens.fuse(state, n, prefix, score)
+    got = tokens.of_members(state, value)
+    for b in range(2):
+        for j in range(state.x.shape[1]):
+            members = (state.source[b] == j).nonzero().flatten()
+            torch.testing.assert_close(got[b, j], value[members].mean())
+    with pytest.raises(UnsupportedModelError, match="places of tokens"):
+        tokens.of_members(state, value[:-1])
+
+
+def test_weights_of_places_decide_which_tokens_stay(tmp_path):
+    model = build("vit_tiny_patch16_224", depth=3)
+    shape = shape_of(model)
+    # Places 3 and 5 weigh all in the first block, 3 and the others' mean in the last.
+    weights = torch.zeros(3, shape.num_tokens)
+    weights[0, [3, 5]] = 1.0
+    weights[2, 3] = 1.0
+    blocks = (
+        BlockPlan(num_tokens_out=4, fuses=True),
+        BlockPlan(),
+        BlockPlan(num_tokens_out=3, fuses=True),
+    )
+    rows = tuple(tuple(row.tolist()) for row in weights)
+    plan = Plan(blocks=blocks, token_weights=rows)
+    assert Plan.from_json(plan.to_json()) == plan
+    small = surgery.apply(model, plan)
+    assert shape_of(small).weighs_tokens
+    state = small.blocks.step(0, tokens.start(model._pos_embed(model.patch_embed(images(model)))))
+    assert state.source[:, 3].tolist() == [1, 1]
+    assert state.source[:, 5].tolist() == [2, 2]
+    assert (state.source.sort(-1).values[:, 3:] == 3).all()
+    state = small.blocks.step(2, small.blocks.step(1, state))
+    assert (state.source[:, 3] == 1).all()
+    assert (state.source[:, 5] == 2).all()
+    artifact.save(small, tmp_path / "small")
+    again = artifact.load(tmp_path / "small")
+    assert torch.equal(again(images(model)), small(images(model)))
+    assert torch.equal(again.blocks.block(0).token_weights, weights[0])
+    # Cutting it again keeps its weights.
+    once_more = surgery.apply(small, Plan(blocks=(BlockPlan(neurons=(0, 1)), *(BlockPlan(),) * 2)))
+    assert torch.equal(once_more.blocks.block(2).token_weights, weights[2])
+    with pytest.raises(PlanError, match="token_weights"):
+        surgery.apply(model, plan.model_copy(update={"token_weights": rows[:2]}))
 
 
 def test_detached_bookkeeping_holds_no_features():

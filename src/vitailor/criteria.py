@@ -32,6 +32,7 @@ class Order:
         attn_features, mlp_features: (D',) features that qkv and fc1 read; None where not ordered.
         match_features: (D,) features of what the MLP reads, those that tell tokens apart best first;
             None where unknown.
+        token_weights: (N,) of the places of the model's tokens, where attention alone is not to choose.
     """
 
     heads: Tensor
@@ -41,6 +42,7 @@ class Order:
     attn_features: Tensor | None = None
     mlp_features: Tensor | None = None
     match_features: Tensor | None = None
+    token_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -179,11 +180,13 @@ class UnitScores:
         heads: (H,) relevance of each, less its redundancy.
         relevance: (F,) of each hidden unit of the MLP.
         activity: (F,) mean absolute activation.
+        tokens: (N,) relevance of the values at each place, brought to [0, 1]; None unless asked for.
     """
 
     heads: Tensor
     relevance: Tensor
     activity: Tensor
+    tokens: Tensor | None = None
 
     def neurons(self, relevance: float = RELEVANCE) -> Tensor:
         """(F,) mix of relevance and activity, each brought to [0, 1] over the block.
@@ -202,6 +205,7 @@ def score(
     bandwidths: Bandwidths = BANDWIDTHS,
     estimator: Estimator = "biased",
     redundancy_weight: float = REDUNDANCY,
+    tokens: bool = False,
 ) -> list[UnitScores]:
     """Dependence of every head and neuron on the predictions, in the mean over batches.
 
@@ -212,6 +216,8 @@ def score(
     Args:
         model: any supported model; its mode is restored.
         batches: images; dependence is estimated within each batch, so these should be large, e.g. 128.
+        tokens: score places too: the values of all heads there, as a commented-out part of the published
+            code does, on predictions instead of labels.
 
     Raises:
         DataError: when there are no images.
@@ -240,10 +246,21 @@ def score(
         add(i, "relevance", relevance(x_FBN, predicted, bandwidths, estimator))
         add(i, "activity", x_FBN.abs().mean((1, 2)))
 
+    def on_tokens(i: int, read_BND: Tensor) -> None:
+        if predicted is None:
+            return
+        values = host.read(host.block(model, i))
+        weight = values["v.weight"].flatten(0, 1)
+        seen = read_BND[..., values["attn_features"]] if "attn_features" in values else read_BND
+        bias = values["v.bias"].flatten() if "v.bias" in values else None
+        x_NBV = F.linear(seen, weight, bias).transpose(0, 1).contiguous()
+        add(i, "tokens", relevance(x_NBV, predicted, bandwidths, estimator))
+
+    readers: dict[str, Reader] = {"attn.proj": on_heads, "mlp.fc2": on_neurons}
+    if tokens:
+        readers["attn"] = on_tokens
     handles = [
-        handle
-        for i in range(shape.depth)
-        for handle in _listen(host.block(model, i), i, on_heads, on_neurons)
+        handle for i in range(shape.depth) for handle in _listen(host.block(model, i), i, readers)
     ]
     count, images, was_training = 0, 0, model.training
     model.eval()
@@ -263,20 +280,23 @@ def score(
         raise DataError("There are no calibration images.", "Give a folder with images.")
     mean = {key: scores / count for key, scores in total.items()}
     return [
-        UnitScores(mean[i, "heads"], mean[i, "relevance"], mean[i, "activity"])
+        UnitScores(
+            mean[i, "heads"],
+            mean[i, "relevance"],
+            mean[i, "activity"],
+            _unit(mean[i, "tokens"]) if tokens else None,
+        )
         for i in range(shape.depth)
     ]
 
 
-#: Called with a block's index and what a projection of it reads.
+#: Called with a block's index and what a part of it reads.
 Reader = Callable[[int, Tensor], None]
 
 
-def _listen(
-    block: Block, i: int, on_heads: Reader, on_neurons: Reader
-) -> Iterator[RemovableHandle]:
-    """Temporary hooks on what the output projection and the second layer of the MLP read."""
-    for name, tell in (("attn.proj", on_heads), ("mlp.fc2", on_neurons)):
+def _listen(block: Block, i: int, readers: dict[str, Reader]) -> Iterator[RemovableHandle]:
+    """Temporary hooks on what parts of a block read."""
+    for name, tell in readers.items():
         yield block.get_submodule(name).register_forward_pre_hook(
             lambda _, args, tell=tell: tell(i, args[0])
         )

@@ -190,7 +190,7 @@ class Block(nn.Module):
     It takes over the children of the host's block under timm's names, so that state dicts keep their
     keys. `num_tokens_out` is the number of tokens left after the attention half, `fuses` whether those
     that go become one, `match_features` the features by which they are compared for merging, or None for
-    all.
+    all, `token_weights` what attention to a token is multiplied by, for each place, or None for nothing.
     """
 
     norm1: nn.Module
@@ -202,6 +202,7 @@ class Block(nn.Module):
     ls2: nn.Module
     drop_path2: nn.Module
     match_features: Tensor | None
+    token_weights: Tensor | None
 
     def __init__(
         self,
@@ -216,6 +217,7 @@ class Block(nn.Module):
             self.add_module(name, children[name])
         self.num_tokens_in, self.num_tokens_out, self.fuses = num_tokens_in, num_tokens_out, fuses
         self.register_buffer("match_features", None)
+        self.register_buffer("token_weights", None)
         self.compare_by(match_features)
 
     def compare_by(self, count: int | None) -> None:
@@ -224,6 +226,13 @@ class Block(nn.Module):
         if count != have:
             device = next(self.parameters()).device
             self.match_features = None if count is None else torch.arange(count, device=device)
+
+    def weigh(self, places: int | None) -> None:
+        """Weigh so many places; alike, until told how."""
+        have = None if self.token_weights is None else len(self.token_weights)
+        if places != have:
+            like = next(self.parameters())
+            self.token_weights = None if places is None else like.new_ones(places)
 
     def attend(
         self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -250,6 +259,8 @@ class Block(nn.Module):
         else:
             state = state.replace(self.attend(state.x, bias))
         if self.fuses and row_BN is not None:
+            if self.token_weights is not None:
+                row_BN = row_BN * tokens.of_members(state, self.token_weights)
             return tokens.fuse(state, num_out, num_prefix, row_BN)
         metric = self.norm2(state.x)
         if self.match_features is not None:
@@ -324,6 +335,11 @@ class BlockStack(nn.ModuleList):
         """By how many features tokens are compared; None means all."""
         features = self.block(0).match_features
         return None if features is None else len(features)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether places of tokens have weights."""
+        return self.block(0).token_weights is not None
 
     def block(self, index: int) -> Block:
         return cast(Block, super().__getitem__(index))

@@ -18,8 +18,12 @@ def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan
     plans = tuple(block_plan(d, t, o) for d, t, o in blocks)
     if not target.merges_tokens:
         return Plan(blocks=plans)
-    features = match_features(dense, target, orders)
-    return Plan(blocks=plans, matching=target.matching, match_features=features)
+    return Plan(
+        blocks=plans,
+        matching=target.matching,
+        match_features=match_features(dense, target, orders),
+        token_weights=token_weights(dense, target, orders),
+    )
 
 
 def match_features(
@@ -30,6 +34,16 @@ def match_features(
     if count is None or dense.merges_tokens:
         return None
     return tuple(_best(row, count) for row in rows if row is not None)
+
+
+def token_weights(
+    dense: ViTShape, target: ViTShape, orders: Sequence[Order]
+) -> tuple[tuple[float, ...], ...] | None:
+    """Weights of the places of tokens for each block; None where the model has its own, or there are none."""
+    if not target.weighs_tokens or dense.weighs_tokens:
+        return None
+    rows = [order.token_weights for order in orders]
+    return tuple(tuple(row.double().tolist()) for row in rows if row is not None)
 
 
 def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan:

@@ -26,6 +26,7 @@ from .shape import (
 )
 
 Indices = tuple[Annotated[int, Field(ge=0)], ...]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class BlockPlan(Facts):
@@ -135,12 +136,14 @@ class Plan(Facts):
     """One `BlockPlan` for each block, and the version of this format.
 
     `matching` is the rule by which tokens are paired for merging, `match_features` lists for each block
-    the features by which they are compared, equally many; None leaves the model's.
+    the features by which they are compared, equally many; `token_weights` for each block a weight of every
+    place in the model's tokens, for selection (`tokens.fuse`). None leaves the model's.
     """
 
     version: int = FORMAT_VERSION
     matching: Matching | None = None
     match_features: tuple[Indices, ...] | None = None
+    token_weights: tuple[tuple[Share, ...], ...] | None = None
     blocks: tuple[BlockPlan, ...]
 
     @model_validator(mode="after")
@@ -187,6 +190,13 @@ class Plan(Facts):
                 "The model normalises queries and keys, so qk_dims cannot change.",
                 "Leave qk_dims out; remove whole heads instead.",
             )
+        if self.token_weights is not None:
+            sizes = {len(weights) for weights in self.token_weights}
+            if len(self.token_weights) != shape.depth or sizes != {shape.num_tokens}:
+                raise PlanError(
+                    f"token_weights are not {shape.depth} rows of {shape.num_tokens} places.",
+                    "Use the plan with the model it was made for.",
+                )
         compared = shape.match_features
         for i, features in enumerate(self.match_features or ()):
             compared = _count(features, shape.embed_dim, f"match_features.{i}")
@@ -195,6 +205,7 @@ class Plan(Facts):
             blocks=tuple(blocks),
             matching=self.matching or shape.matching,
             match_features=compared,
+            weighs_tokens=shape.weighs_tokens or self.token_weights is not None,
         )
 
 

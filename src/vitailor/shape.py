@@ -144,6 +144,7 @@ class ViTShape(Facts):
             normalised queries and keys keeps its qk_dim.
         matching: rule by which tokens are paired for merging (`tokens.merge`).
         match_features: by how many features tokens are compared for merging; None means all.
+        weighs_tokens: tokens that are not fused are chosen by attention times a weight of their place.
     """
 
     host: str
@@ -163,6 +164,7 @@ class ViTShape(Facts):
     qk_norm: NonNegative = 0
     matching: Matching = "ward"
     match_features: Positive | None = None
+    weighs_tokens: bool = False
     blocks: tuple[BlockShape, ...]
 
     @model_validator(mode="after")

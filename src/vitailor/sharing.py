@@ -54,7 +54,8 @@ def share(model: nn.Module, example: ViTShape, orders: Sequence[Order]) -> nn.Mo
         own.model_copy(update={name: getattr(other, name) for name in fields})
         for own, other in zip(dense.blocks, example.blocks, strict=True)
     )
-    rule = {"matching": example.matching, "match_features": example.match_features}
+    names = ("matching", "match_features", "weighs_tokens")
+    rule = {name: getattr(example, name) for name in names}
     target = revise(dense, blocks=blocks, **rule)
     shared = apply(model, plan_for(dense, target, orders))
     for i in range(dense.depth):
@@ -83,7 +84,7 @@ def unshare(shared: nn.Module, model: nn.Module) -> nn.Module:
     weights = {
         name.replace(f".{leaf}.projection.", f".{leaf}."): value
         for name, value in shared.state_dict().items()
-        if not name.endswith(".match_features")
+        if not name.endswith((".match_features", ".token_weights"))
         for leaf in ("fc2" if ".fc2." in name else "proj",)
     }
     plain = copy.deepcopy(model)

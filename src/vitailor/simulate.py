@@ -20,7 +20,7 @@ from .calibrate import Batches, BlockMoments, images_of
 from .criteria import Order
 from .hosts import host_of
 from .layers import Block
-from .orders import block_plan, match_features
+from .orders import block_plan, match_features, token_weights
 from .reconstruct import compensate
 from .shape import BlockShape, Matching, ViTShape, revise
 from .surgery import select
@@ -52,6 +52,7 @@ class Simulator:
         ridge: for compensation; None for none.
         matching: rule by which tokens are paired.
         compared: by how many features they are compared; None for all.
+        weighs_tokens: whether selection weighs attention by place, see `Order.token_weights`.
         any_start: hold the dense tokens before every block in memory, so that trials may start at any;
             else at the first block only.
         reference: whose outputs are the measure; None for the model's own.
@@ -72,6 +73,7 @@ class Simulator:
         compared: int | None = None,
         any_start: bool = True,
         reference: nn.Module | None = None,
+        weighs_tokens: bool = False,
         remember: bool = True,
     ) -> None:
         self.remember = remember
@@ -85,6 +87,9 @@ class Simulator:
         device = next(model.parameters()).device
         self._weights = [self.host.read(self.host.block(model, i)) for i in range(self.dense.depth)]
         features = match_features(own, own, orders)
+        places = token_weights(own, revise(own, weighs_tokens=weighs_tokens), orders)
+        like = next(model.parameters())
+        self._places = None if places is None else like.new_tensor(places)
         self._features = None if features is None else torch.tensor(features, device=device)
         self._halves: dict[tuple[int, str, BlockShape], nn.Module] = {}
         self._states: list[list[tokens.Tokens]] = []
@@ -168,6 +173,8 @@ class Simulator:
             self.host.resize_block(block, self.dense, want)  # attention that merging can ask
             if self._features is not None:
                 block._buffers = dict(block._buffers) | {"match_features": self._features[i]}
+            if self._places is not None:
+                block._buffers = dict(block._buffers) | {"token_weights": self._places[i]}
         return block
 
     def _half(self, i: int, name: str, want: BlockShape) -> nn.Module:

@@ -69,6 +69,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             found = host.block(small, i).match_features
             if found is not None:
                 found.copy_(torch.tensor(features))
+    if plan.token_weights is not None and after.merges_tokens:
+        for i, weights in enumerate(plan.token_weights):
+            own = host.block(small, i).token_weights
+            if own is not None:
+                own.copy_(torch.tensor(weights))
     return small
 
 

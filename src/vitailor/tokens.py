@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UnsupportedModelError
 from .shape import Matching, merge_rounds
 
 
@@ -74,6 +75,23 @@ def regather(tokens: Tokens, x_BMD: Tensor) -> Tokens:
 def sizes(tokens: Tokens) -> Tensor:
     """(B, N) how many original tokens each stands for."""
     return tokens.x.new_ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
+
+
+def of_members(tokens: Tokens, value_M: Tensor) -> Tensor:
+    """(B, N) means over the original tokens that went into each, of a value for every place."""
+    batch, n = tokens.x.shape[:2]
+    places = n if tokens.source is None else tokens.source.shape[1]
+    if places != len(value_M):
+        raise UnsupportedModelError(
+            f"The model weighs {len(value_M)} places of tokens, but the image has {places}.",
+            "Give images of the size that it was compressed at.",
+        )
+    if tokens.source is None:
+        return value_M.expand(batch, -1)
+    values = value_M.expand(batch, -1)
+    zeros = values.new_zeros(batch, n)
+    total = zeros.scatter_add(1, tokens.source, values)
+    return total / zeros.scatter_add(1, tokens.source, torch.ones_like(values))
 
 
 def shares(size_BN: Tensor, attention_BN: Tensor, num_prefix: int) -> Tensor:

@@ -21,6 +21,8 @@ from ..shape import ViTShape, revise
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Structural buffers: which input features a projection reads, and by which tokens are compared.
 INDICES = (".features", ".match_features")
+#: These, and weights of places of tokens: what is stored, but no parameter.
+BUFFERS = (*INDICES, ".token_weights")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def fitting_skeleton(shape: ViTShape, entries: Mapping[str, Entry]) -> nn.Module
     Raises:
         ArtifactError, PlanError: saying what does not fit.
     """
-    stored = sum(prod(e.shape) for name, e in entries.items() if not name.endswith(INDICES))
+    stored = sum(prod(e.shape) for name, e in entries.items() if not name.endswith(BUFFERS))
     if stored != shape.params:
         raise ArtifactError(
             f"The shape has {shape.params:,} parameters, the tensors {stored:,}.",
@@ -126,7 +128,7 @@ def fitting_skeleton(shape: ViTShape, entries: Mapping[str, Entry]) -> nn.Module
     # What a newer describer says about architecture and name may differ in form; sizes may not.
     free: dict[str, Any] = {
         name: getattr(shape, name)
-        for name in ("architecture", "name", "matching", "match_features")
+        for name in ("architecture", "name", "matching", "match_features", "weighs_tokens")
     }
     if "pools_prefix" not in shape.model_fields_set:  # which older artifacts do not tell
         free["pools_prefix"] = shape.pools_prefix

@@ -88,6 +88,7 @@ class BlockHost:
             qk_norm=_norm_params_per_dim(attn),
             matching="ward" if stack is None else stack.matching,
             match_features=None if stack is None else stack.match_features,
+            weighs_tokens=stack is not None and stack.weighs_tokens,
             blocks=blocks,
         )
 
@@ -106,8 +107,7 @@ class BlockHost:
                         dict(b.named_children()),
                         s.num_tokens_in,
                         s.num_tokens_out,
-                        shape.match_features,
-                        s.fuses,
+                        fuses=s.fuses,
                     )
                     for b, s in zip(host.blocks, shape.blocks, strict=True)
                 ],
@@ -116,8 +116,9 @@ class BlockHost:
             )
         elif merges:
             host.blocks.matching = shape.matching
-            for i in range(shape.depth):
-                host.blocks[i].compare_by(shape.match_features)
+        for i in range(shape.depth if merges else 0):
+            host.blocks[i].compare_by(shape.match_features)
+            host.blocks[i].weigh(shape.num_tokens if shape.weighs_tokens else None)
 
     def resize_block(self, block: layers.Block, shape: ViTShape, want: BlockShape) -> None:
         part = cast(Any, block)

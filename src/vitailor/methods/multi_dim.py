@@ -39,7 +39,7 @@ from ..plan import Plan
 from ..policy import Space, token_blocks
 from ..provenance import weights_hash
 from ..reconstruct import cut
-from ..shape import BlockShape, Matching, ViTShape
+from ..shape import BlockShape, Matching, ViTShape, revise
 from ..sharing import resize, share, unshare
 from ..simulate import Simulator
 from ..sizes import FIELDS, Dimension, Steps
@@ -51,7 +51,7 @@ from .base import Method, Outcome, Task, keeps_all, with_matching
 from .closed_form import ClosedForm, Sorted
 
 #: Rules by which tokens go: selection with a fused token, as published, or merging.
-TokenRule = Literal["fuse"] | Matching
+TokenRule = Literal["fuse", "fuse-dependence"] | Matching
 #: Dependence is estimated within batches of so many images, as published.
 BATCH = 128
 #: A study's journal in the folder for checkpoints.
@@ -75,7 +75,8 @@ class MultiDim(Method):
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
         dimensions: what may be cut.
         tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
-            published; the rest are rules of merging, see `shape.Matching`.
+            published; "fuse-dependence" multiplies attention by the dependence of their place; the rest are
+            rules of merging, see `shape.Matching`.
         token_blocks: blocks, counted from 1, after whose attention they go; None for 4, 7 and 10 of twelve, as
             published, and like places in others.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.
@@ -170,9 +171,11 @@ class MultiDim(Method):
                 "The model normalises queries and keys, so their dims cannot be cut.",
                 "Leave qk out of the dimensions.",
             )
-        if self.criterion == "dependence" and not shape.num_classes:
+        depends = self.criterion == "dependence" or self.tokens == "fuse-dependence"
+        if depends and not shape.num_classes:
             raise UsageError(
-                "Dependence on predictions needs a classifier.", "Take criterion=output_error."
+                "Dependence on predictions needs a classifier.",
+                "Take criterion=output_error and another rule for tokens.",
             )
         if self.reward == "accuracy" and not shape.num_classes:
             raise UsageError("There is no accuracy without a classifier.", "Take the divergence.")
@@ -239,7 +242,8 @@ class MultiDim(Method):
             found = ClosedForm(ridge=self.ridge).sort(task)
         else:
             found = Sorted(task.model, [], [_as_they_are(block) for block in task.shape.blocks])
-        if self.criterion == "output_error":
+        weighs = self.tokens == "fuse-dependence"
+        if self.criterion == "output_error" and not weighs:
             return found
         assert task.data is not None
         batches = loader(task.data, batch_size=min(BATCH, len(task.data)))
@@ -249,15 +253,19 @@ class MultiDim(Method):
             bandwidths=self.bandwidths,
             estimator=self.estimator,
             redundancy_weight=self.redundancy,
+            tokens=weighs,
         )
-        orders = [
-            replace(
-                order,
-                heads=own.heads.argsort(descending=True, stable=True),
-                neurons=own.neurons(self.relevance).argsort(descending=True, stable=True),
-            )
-            for order, own in zip(found.orders, scores, strict=True)
-        ]
+        pairs = zip(found.orders, scores, strict=True)
+        orders = [replace(order, token_weights=own.tokens) for order, own in pairs]
+        if self.criterion == "dependence":
+            orders = [
+                replace(
+                    order,
+                    heads=own.heads.argsort(descending=True, stable=True),
+                    neurons=own.neurons(self.relevance).argsort(descending=True, stable=True),
+                )
+                for order, own in zip(orders, scores, strict=True)
+            ]
         return replace(found, orders=orders)
 
     def _split(self, task: Task) -> tuple[ImageSet, ImageSet]:
@@ -341,6 +349,7 @@ class MultiDim(Method):
             space.dense.match_features,
             any_start=False,
             reference=task.model,
+            weighs_tokens=space.dense.weighs_tokens,
             remember=False,
         )
 
@@ -406,20 +415,23 @@ class MultiDim(Method):
         return sha256("\n".join(parts).encode()).hexdigest()[:24]
 
     def _space(self, shape: ViTShape) -> Space:
-        merging = self.tokens if self.tokens != "fuse" else shape.matching
+        fuses = self.tokens in ("fuse", "fuse-dependence")
+        merging = shape.matching
+        if self.tokens != "fuse" and self.tokens != "fuse-dependence":
+            merging = self.tokens
         steps = Steps.for_shape(shape)
         if self.round_to is not None:
             n = self.round_to
             steps = Steps(tokens=1, qk=n, v=n, neurons=n, heads=1)
         return Space(
-            with_matching(shape, merging),
+            revise(with_matching(shape, merging), weighs_tokens=self.tokens == "fuse-dependence"),
             self.dimensions,
             self.stages,
             token_blocks=self.token_blocks or token_blocks(shape.depth),
             most=self.most,
             steps=steps,
             nearest=self.round_to is None,
-            fused=self.tokens == "fuse",
+            fused=fuses,
         )
 
 
