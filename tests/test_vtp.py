@@ -121,6 +121,18 @@ def test_sparse_training_makes_gates_small_and_tells_of_it():
     assert all(0.1 < seen["pruned"] < 0.9 for seen in told)
 
 
+def test_sparse_training_may_have_its_own_learning_rate():
+    rates: dict[str, list[float]] = {}
+
+    def listen(stage: str, event: Event) -> None:
+        rates.setdefault(stage, []).append(event.lr)
+
+    slow = VTP(training=SHORT, sparse_lr=1e-5, sparse_epochs=1)
+    prune(slow, on_event=listen)
+    assert max(rates["sparse training"]) == pytest.approx(1e-5)
+    assert max(rates["fine-tuning"]) == pytest.approx(SHORT.lr)
+
+
 def test_pruning_alone_removes_nothing_but_what_the_plan_names():
     """Without updates gates are 1 and weights as they were: pruned equals selected."""
     frozen = SHORT.model_copy(

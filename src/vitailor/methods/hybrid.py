@@ -69,7 +69,7 @@ class Hybrid(Method):
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
         scores: what hidden units are ranked by: "output_error", or "gates" learned in sparse training.
         l1: lambda, the weight of the gates' penalty.
-        sparse_epochs: of sparse training; None for as many as of fine-tuning.
+        sparse_epochs, sparse_lr: of sparse training; None for those of fine-tuning.
         training: settings of sparse training and of fine-tuning; None for no training at all.
     """
 
@@ -83,6 +83,7 @@ class Hybrid(Method):
     scores: Literal["output_error", "gates"] = "output_error"
     l1: Annotated[float, Field(ge=0)] = 1e-4
     sparse_epochs: Annotated[int, Field(ge=1)] | None = None
+    sparse_lr: Annotated[float, Field(gt=0)] | None = None
     training: TrainConfig | None = None
 
     @property
@@ -156,7 +157,7 @@ class Hybrid(Method):
 
     def _identity(self, task: Task) -> dict[str, str]:
         """What the outcome without training depends on."""
-        free = {"training", "sparse_epochs", "l1"}
+        free = {"training", "sparse_epochs", "sparse_lr", "l1"}
         return {
             "model": weights_hash(task.model),
             "budget": str(task.budget),
@@ -275,6 +276,7 @@ class Hybrid(Method):
             floor=min(FLOOR, *shares),
             stage="prune",
             sparse_epochs=self.sparse_epochs,
+            sparse_lr=self.sparse_lr,
             training=self.training,
         )
         budget = Budget(**{metric: low.facts["limits"][metric]})

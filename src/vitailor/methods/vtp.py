@@ -65,6 +65,8 @@ class VTP(Method):
             baseline, with all else equal.
         stage: the last stage to do. What the folder holds of it and of earlier ones is not done again.
         sparse_epochs: of sparse training; None for as many as of fine-tuning, as in the paper.
+        sparse_lr: learning rate of the weights in sparse training; None for that of fine-tuning. A pruned model
+            often needs a larger one to recover than the whole one stands.
         training: settings of both trainings.
     """
 
@@ -80,6 +82,7 @@ class VTP(Method):
     scores: Literal["gates", "magnitude"] = "gates"
     stage: Stage = "finetune"
     sparse_epochs: Annotated[int, Field(ge=1)] | None = None
+    sparse_lr: Annotated[float, Field(gt=0)] | None = None
     training: TrainConfig = TrainConfig()
 
     @property
@@ -134,8 +137,11 @@ class VTP(Method):
         gated = insert_gates(task.model, self.placement)
         if self.scores == "magnitude":
             return gated
-        epochs = self.sparse_epochs or self.training.epochs
-        config = stages.seeded(self.training, task).model_copy(update={"epochs": epochs})
+        own = {
+            "epochs": self.sparse_epochs or self.training.epochs,
+            "lr": self.sparse_lr or self.training.lr,
+        }
+        config = stages.seeded(self.training, task).model_copy(update=own)
         fit(
             gated,
             config,
