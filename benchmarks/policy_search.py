@@ -33,15 +33,16 @@ from vitailor.preprocessing import resolve_preprocessing
 
 KEEP, TRIALS, SEEDS = 0.5, 40, (0, 1, 2)
 IMAGES, REWARD_IMAGES = 512, 128
+ALL = {
+    "criterion": "output_error",
+    "dimensions": ("neurons", "heads", "qk", "v", "tokens"),
+    "tokens": "attention",
+}
 #: What is cut, by which order of units and rule for tokens: as published, and with everything vitailor has.
 SPACES: dict[str, dict] = {
     "published": {},
-    "all dimensions": {
-        "criterion": "output_error",
-        "dimensions": ("neurons", "heads", "qk", "v", "tokens"),
-        "tokens": "attention",
-        "token_blocks": tuple(range(1, 12)),
-    },
+    "all dimensions": ALL | {"token_blocks": tuple(range(1, 12))},
+    "weights on harms": ALL | {"space": "harm"},
 }
 
 

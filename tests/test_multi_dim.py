@@ -50,6 +50,7 @@ def found(folder=None, *, data=None, budget=HALF, **settings):
         {"criterion": "output_error", "dimensions": ("neurons", "qk", "v", "tokens")},
         {"tokens": "attention", "reward": "accuracy"},
         {"tokens": "fuse-dependence", "criterion": "output_error"},
+        {"space": "harm", "tokens": "ward", "dimensions": ("neurons", "heads", "v", "tokens")},
         {"sampler": "random", "bandwidths": "median", "estimator": "unbiased"},
     ],
 )
@@ -64,7 +65,8 @@ def test_every_candidate_and_the_result_are_on_the_budget(settings):
     for name, sizes in result.best["policy"].items():
         assert [getattr(block, name) for block in shape.blocks] == sizes
     fused = [block.fuses for block in shape.blocks]
-    assert any(fused) == (settings.get("tokens") != "attention" and shape.merges_tokens)
+    fusing = settings.get("tokens", "fuse").startswith("fuse")
+    assert any(fused) == (fusing and shape.merges_tokens)
     assert len({json.dumps(trial["policy"]) for trial in result.trials}) > 1
 
 
@@ -117,6 +119,26 @@ def test_units_go_by_dependence_on_the_predictions():
             assert sorted(best.tolist()) == list(kept)
             checked += 1
     assert checked
+
+
+def test_weights_on_harms_begin_with_the_closed_form_s_allocation():
+    dimensions = ("neurons", "heads", "qk", "v", "tokens")
+    method = vt.MultiDim(
+        space="harm",
+        criterion="output_error",
+        tokens="attention",
+        dimensions=dimensions,
+        trials=3,
+        initial=1,
+    )
+    data, judged = labeled()[:20], [(x, 0) for x, _ in labeled()[20:]]
+    result = vt.search(dense(), HALF, data=data, reward=judged, method=method)
+    closed = vt.ClosedForm(dimensions=dimensions, tune_images=0)
+    small = shape_of(vt.compress(dense(), closed, HALF, data=data))
+    first = result.trials[0]["policy"]
+    for name, sizes in first.items():
+        assert [getattr(block, name) for block in small.blocks] == sizes
+    assert any(trial["policy"] != first for trial in result.trials)
 
 
 def test_places_weigh_what_depends_on_the_predictions():
@@ -204,6 +226,13 @@ def test_presets_are_as_published():
         ({}, vt.Budget(macs=0.01), vt.BudgetError, "No policy meets"),
         ({"token_blocks": (9,)}, HALF, vt.UsageError, "Tokens cannot go in blocks"),
         ({"stages": 7}, HALF, vt.UsageError, "7 stages"),
+        ({"space": "harm"}, HALF, vt.UsageError, "fused tokens is not measured"),
+        (
+            {"space": "harm", "tokens": "ward"},
+            vt.Budget(macs=0.01),
+            vt.BudgetError,
+            "No plan meets",
+        ),
         ({"reward_images": 30}, HALF, vt.DataError, "none is left to calibrate on"),
         (
             {"dimensions": ("v",), "sharing": TRAINING},

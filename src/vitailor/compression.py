@@ -88,7 +88,7 @@ def compress(
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
     task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
-    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
+    task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
     with _undisturbed(seed):
         outcome = method.run(task)
@@ -150,7 +150,7 @@ def plan_only(
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
     task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
-    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
+    task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
 
@@ -250,6 +250,7 @@ def _with_training(
 
 def _with_reward(
     task: Task,
+    data: Data | None,
     reward: Data | None,
     method: Method,
     preprocessing: Preprocessing,
@@ -270,6 +271,10 @@ def _with_reward(
             labels_needed=method.needs_labels,
             split="train",
         )
+        if not isinstance(reward, str | os.PathLike) and reward is not data:
+            images.source += (
+                ", for rewards"  # its images have numbers for names, as those of `data` may
+            )
         task = replace(task, reward=images)
     labels = task.data if task.reward is None else task.reward
     if method.needs_labels and not (labels is not None and labels.labeled):

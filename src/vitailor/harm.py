@@ -7,8 +7,8 @@ at block l in the dense model: what earlier blocks merged already need not be lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -57,11 +57,13 @@ class HarmModel:
         dense: the model that is cut.
         curves: harm of each cut alone, as measured.
         tilt: correction for cuts made together.
+        weights: what the harm of each dimension is multiplied by; 1 where it is not named.
     """
 
     dense: ViTShape
     curves: dict[tuple[int, Dimension], Curve]
     tilt: Tilt = FLAT
+    weights: Mapping[Dimension, float] = field(default_factory=dict)
 
     def table(
         self, index: int, dimension: Dimension, sizes: NDArray[np.int64]
@@ -74,7 +76,11 @@ class HarmModel:
         weight = self.tilt.width_slope * depth
         if dimension == "tokens":
             weight = self.tilt.tokens + self.tilt.token_slope * depth
+        weight += np.log(self.weights.get(dimension, 1.0))
         return np.asarray(np.exp(weight) * curve(sizes.astype(float)) ** self.tilt.power)
+
+    def weighted(self, weights: Mapping[Dimension, float]) -> HarmModel:
+        return replace(self, weights=weights)
 
     def tilted(self, tilt: Tilt) -> HarmModel:
         return replace(self, tilt=tilt)

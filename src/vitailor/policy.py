@@ -186,6 +186,15 @@ class Space:
                 found += [Parameter(dimension, group) for group in self._groups()]
         return tuple(found)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def first(self) -> tuple[float, ...]:
+        """The direction that cuts everything alike."""
+        return (1.0,) * len(self.parameters)
+
     def _groups(self) -> list[tuple[int, ...]]:
         depth = self.dense.depth
         count = depth if self.stages is None else self.stages

@@ -4,7 +4,7 @@ The search of "Multi-Dimensional Model Compression of Vision Transformer" (arXiv
 a unit cube. A study in a journal file or a database holds every trial; workers on one or many machines that open
 the same one share its trials out among them, and a worker that comes back goes on where the study stands:
 
-* The initial design, even cuts first and then points of a Sobol sequence, is queued once, by the worker that
+* The initial design, by default even cuts first and then points of a Sobol sequence, is queued once, by the worker that
   makes the study.
 * What a trial proposes follows from the study's seed, the trial's number and the trials finished before it, so
   that a restart repeats nothing.
@@ -98,6 +98,7 @@ def search(
     sampler: Sampler = "gp",
     seed: int = 0,
     initial: int | None = None,
+    first: Sequence[float] | None = None,
     on_trial: Callable[[Finished, Result], None] | None = None,
     stale: float = STALE,
 ) -> Result:
@@ -112,6 +113,7 @@ def search(
         sampler: "gp" models rewards as a Gaussian process and proposes where improvement is expected most,
             "random" draws evenly.
         initial: trials of the initial design; by default as many as parameters and one more, at most half.
+        first: the first trial's value of each parameter; by default 1, everything alike.
         on_trial: told about each trial that this worker has finished.
         stale: seconds without a sign of life after which a trial is queued again.
 
@@ -124,7 +126,8 @@ def search(
         )
     count = min(len(names) + 1, max(1, trials // 2)) if initial is None else initial
     with _quiet():
-        found = _open(study, storage, names, sampler, seed, count)
+        points = design(len(names), count, seed, first)
+        found = _open(study, storage, names, sampler, seed, points)
         own: list[int] = []
         began, working = time.perf_counter(), 0.0
         while True:
@@ -170,11 +173,11 @@ def _open(
     names: Sequence[str],
     sampler: Sampler,
     seed: int,
-    initial: int,
+    initial: Sequence[Sequence[float]],
 ) -> Study:
     """The study, with its initial design in the queue."""
     identity = {"parameters": list(names), "seed": seed, "sampler": sampler}
-    own = _PerTrial(sampler, seed, initial)
+    own = _PerTrial(sampler, seed, len(initial))
     try:
         place = _storage(storage)
         try:
@@ -197,7 +200,7 @@ def _open(
         for key, value in identity.items():
             study.set_user_attr(key, value)
         # Whoever dies in the middle of it leaves it to the next, which queues only what is missing.
-        for point in design(len(names), initial, seed):
+        for point in initial:
             study.enqueue_trial(dict(zip(names, point, strict=True)), skip_if_exists=True)
         study.set_user_attr(READY, True)
     return study
@@ -210,13 +213,16 @@ def _wait_until_ready(study: Study) -> None:
         time.sleep(PAUSE)
 
 
-def design(parameters: int, count: int, seed: int) -> list[list[float]]:
-    """The initial design: everything cut alike, then points of a scrambled Sobol sequence."""
+def design(
+    parameters: int, count: int, seed: int, first: Sequence[float] | None = None
+) -> list[list[float]]:
+    """The initial design: a first point, by default everything cut alike, then points of a scrambled Sobol
+    sequence."""
     if count < 1:
         return []
     # Drawn in powers of two, as the sequence wants it.
     points = qmc.Sobol(parameters, seed=seed).random_base2((count - 1).bit_length())
-    return [[1.0] * parameters, *points[: count - 1].tolist()]
+    return [list(first or [1.0] * parameters), *points[: count - 1].tolist()]
 
 
 def _storage(storage: str | Path | None) -> BaseStorage | str:

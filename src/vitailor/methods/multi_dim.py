@@ -28,12 +28,15 @@ from pydantic import Field
 from torch import nn
 
 from .. import dependence
+from ..allocate import require_reachable
 from ..budget import Budget
-from ..calibrate import dense_sweep
+from ..calibrate import Batches, dense_sweep
 from ..criteria import Order
 from ..data import ImageSet, loader
 from ..dependence import BANDWIDTHS, REDUNDANCY, RELEVANCE, Estimator
 from ..errors import DataError, UsageError
+from ..harm import measure
+from ..harm_space import HarmSpace
 from ..orders import plan_for
 from ..plan import Plan
 from ..policy import Space, token_blocks
@@ -48,7 +51,7 @@ from ..surgery import apply
 from ..training import TrainConfig, fit
 from . import stages
 from .base import Method, Outcome, Task, keeps_all, with_matching
-from .closed_form import ClosedForm, Sorted
+from .closed_form import MATCH_SHARE, ClosedForm, Sorted
 
 #: Rules by which tokens go: selection with a fused token, as published, or merging.
 TokenRule = Literal["fuse", "fuse-dependence"] | Matching
@@ -58,6 +61,8 @@ BATCH = 128
 JOURNAL = "search.journal"
 #: Images that candidates are judged on, unless told otherwise: so many, or this share of the calibration images.
 REWARD_IMAGES, REWARD_SHARE = 256, 0.5
+#: Images on which single cuts are measured.
+HARM_IMAGES = 64
 #: Dimensions that weights can be shared over.
 SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
 
@@ -77,6 +82,8 @@ class MultiDim(Method):
         tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
             published; "fuse-dependence" multiplies attention by the dependence of their place; the rest are
             rules of merging, see `shape.Matching`.
+        space: "ratios" as published, or "harm": weights on the harm of each cut, measured as closed-form does,
+            whose allocation is the first candidate; tokens are then merged, in any block.
         token_blocks: blocks, counted from 1, after whose attention they go; None for 4, 7 and 10 of twelve, as
             published, and like places in others.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.
@@ -109,6 +116,7 @@ class MultiDim(Method):
         "tokens",
     )
     tokens: TokenRule = "fuse"
+    space: Literal["ratios", "harm"] = "ratios"
     token_blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     stages: Annotated[int, Field(ge=1)] | None = 3
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -185,7 +193,15 @@ class MultiDim(Method):
                 f"Weights cannot be shared over {' and '.join(sorted(beyond))}.",
                 f"Cut {', '.join(SHARED)} alone, or leave sharing out.",
             )
-        if not keeps_all(budget, shape):
+        if self.space == "harm" and "tokens" in self.dimensions and self.tokens.startswith("fuse"):
+            raise UsageError(
+                "The harm of fused tokens is not measured.", "Merge them (tokens=attention)."
+            )
+        if self.space == "harm" and not keeps_all(budget, shape):
+            limits = (budget.metric, budget.limit(shape))
+            merging = self._merging(shape)
+            require_reachable(merging, *limits, self.dimensions, self._steps(shape))
+        elif not keeps_all(budget, shape):
             self._space(shape).require_reachable(budget.metric, budget.limit(shape))
 
     def plan(self, task: Task) -> Plan:
@@ -237,8 +253,7 @@ class MultiDim(Method):
 
     def _ranked(self, task: Task) -> Sorted:
         """The model, in bases in which dims of heads can be cut, with moments and orders of its units."""
-        needed = self.compensation or {"qk", "v"} & set(self.dimensions)
-        if needed or self.criterion == "output_error":
+        if self._sweeps:
             found = ClosedForm(ridge=self.ridge).sort(task)
         else:
             found = Sorted(task.model, [], [_as_they_are(block) for block in task.shape.blocks])
@@ -300,7 +315,7 @@ class MultiDim(Method):
             task.budget.metric,
             task.budget.limit(task.shape),
         )
-        names = [parameter.name for parameter in space.parameters]
+        names = space.names
         config = stages.seeded(self.sharing, task)
 
         def drawn(step: int) -> ViTShape:
@@ -335,23 +350,11 @@ class MultiDim(Method):
         self, task: Task, judged: ImageSet, ready: Sorted
     ) -> tuple[ViTShape, dict[str, Any]]:
         space, metric, limit = (
-            self._space(task.shape),
+            self._space(task.shape) if self.space == "ratios" else self._harms(task, ready),
             task.budget.metric,
             task.budget.limit(task.shape),
         )
-        simulator = Simulator(
-            ready.model,
-            ready.moments,
-            ready.orders,
-            _images(task, judged).batches(),
-            self.ridge if self.compensation else None,
-            space.dense.matching,
-            space.dense.match_features,
-            any_start=False,
-            reference=task.model,
-            weighs_tokens=space.dense.weighs_tokens,
-            remember=False,
-        )
+        simulator = self._simulator(_images(task, judged).batches(), task, ready, whole=True)
 
         def reward(direction: dict[str, float]) -> tuple[float, dict[str, Any]]:
             shape = space.on_budget(direction, metric, limit)
@@ -370,17 +373,17 @@ class MultiDim(Method):
             if task.on_trial is not None:
                 task.on_trial(len(so_far.trials), self.trials, so_far.best.reward)
 
-        names = [parameter.name for parameter in space.parameters]
         task.progress(0, self.trials)
         result = search(
             reward,
-            names,
+            space.names,
             trials=self.trials,
             study=self._study(task, judged, ready.model),
             storage=self.storage or _journal(task),
             sampler=self.sampler,
             seed=task.seed,
             initial=self.initial,
+            first=space.first,
             on_trial=tell,
         )
         trials = [
@@ -401,6 +404,29 @@ class MultiDim(Method):
         }
         return space.on_budget(result.best.direction, metric, limit), facts
 
+    def _simulator(self, batches: Batches, task: Task, ready: Sorted, whole: bool) -> Simulator:
+        """Measures candidates, `whole`, or single cuts."""
+        rule = self._merging(task.shape)
+        return Simulator(
+            ready.model,
+            ready.moments,
+            ready.orders,
+            batches,
+            self.ridge if self.compensation else None,
+            rule.matching,
+            rule.match_features,
+            any_start=not whole,
+            reference=task.model,
+            weighs_tokens=rule.weighs_tokens,
+            remember=not whole,
+        )
+
+    def _harms(self, task: Task, ready: Sorted) -> HarmSpace:
+        """Weights on what single cuts harm, measured on calibration images."""
+        single = self._simulator(task.batches(HARM_IMAGES), task, ready, whole=False)
+        steps = self._steps(task.shape)
+        return HarmSpace(measure(single, self.dimensions, steps), self.dimensions, steps)
+
     def _study(self, task: Task, judged: ImageSet, model: nn.Module) -> str:
         """A name that only the same search has."""
         assert task.data is not None
@@ -415,24 +441,37 @@ class MultiDim(Method):
         return sha256("\n".join(parts).encode()).hexdigest()[:24]
 
     def _space(self, shape: ViTShape) -> Space:
-        fuses = self.tokens in ("fuse", "fuse-dependence")
-        merging = shape.matching
-        if self.tokens != "fuse" and self.tokens != "fuse-dependence":
-            merging = self.tokens
-        steps = Steps.for_shape(shape)
-        if self.round_to is not None:
-            n = self.round_to
-            steps = Steps(tokens=1, qk=n, v=n, neurons=n, heads=1)
         return Space(
-            revise(with_matching(shape, merging), weighs_tokens=self.tokens == "fuse-dependence"),
+            self._merging(shape),
             self.dimensions,
             self.stages,
             token_blocks=self.token_blocks or token_blocks(shape.depth),
             most=self.most,
-            steps=steps,
+            steps=self._steps(shape),
             nearest=self.round_to is None,
-            fused=fuses,
+            fused=self.tokens.startswith("fuse"),
         )
+
+    def _steps(self, shape: ViTShape) -> Steps:
+        n = self.round_to
+        return (
+            Steps.for_shape(shape) if n is None else Steps(tokens=1, qk=n, v=n, neurons=n, heads=1)
+        )
+
+    def _merging(self, shape: ViTShape) -> ViTShape:
+        """The shape with the rule by which tokens go."""
+        matching, merges = shape.matching, False
+        if self.tokens != "fuse" and self.tokens != "fuse-dependence":
+            matching, merges = self.tokens, True
+        compared = max(1, shape.embed_dim // MATCH_SHARE) if merges and self._sweeps else None
+        weighs = self.tokens == "fuse-dependence"
+        return revise(with_matching(shape, matching, compared), weighs_tokens=weighs)
+
+    @property
+    def _sweeps(self) -> bool:
+        """Whether moments of the calibration images are needed."""
+        dims = {"qk", "v"} & set(self.dimensions)
+        return self.compensation or bool(dims) or self.criterion == "output_error"
 
 
 #: Settings that decide nothing before fine-tuning, or not what a trial gives.
