@@ -32,7 +32,7 @@ CALIBRATION_IMAGES = 128
 #: For methods that train, which must not take all of a minute.
 TRAINING_IMAGES = 512
 #: Candidates of a search.
-TRIALS = 12
+TRIALS = 6
 INTRO = (
     "A small Vision Transformer that reads handwritten digits, cut by every method at two budgets. "
     f"Each method saw {CALIBRATION_IMAGES} unlabeled training images and trained nothing, except vtp, which "
