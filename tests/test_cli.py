@@ -702,6 +702,10 @@ def test_search(run, refused, artifact, tmp_path):
     assert "sampler" in refused(2, *args, "--sampler", "gpp", "-o", tmp_path / "x")
     assert "--overwrite" in refused(1, *args, "-o", artifact)
     assert not (tmp_path / "x").exists()
+    # Another search does not replace this one's result unasked.
+    assert "--overwrite" in refused(1, *args, "--trials", 4, "-o", out, "--reward-images", 9)
+    mapped = [*args, "--trials", 2, "--class-map", journal, "-o", tmp_path / "x"]
+    assert "--class-map goes with" in refused(2, *mapped)
 
 
 def test_settings_and_file_reach_the_method(run, start, tmp_path):

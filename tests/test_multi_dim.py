@@ -71,18 +71,17 @@ def test_every_candidate_and_the_result_are_on_the_budget(settings):
 
 
 def test_the_reward_is_how_close_the_outputs_come_on_images_that_nothing_else_sees(monkeypatch):
-    seen: dict[str, list[str]] = {}
+    seen: list[Tensor] = []
     score = dependence.score
 
     def listening(model, batches, **more):
-        seen["calibration"] = list(batches.dataset.names)
+        seen.extend(x for images, _ in batches for x in images)
         return score(model, batches, **more)
 
     monkeypatch.setattr(dependence, "score", listening)
     result = found(compensation=False, reward_images=12, trials=3)
     small = result.model
-    calibrated = {int(name) for name in seen["calibration"]}
-    judged = sorted(set(range(30)) - calibrated)
+    judged = [i for i, (x, _) in enumerate(labeled()) if not any(torch.equal(x, y) for y in seen)]
     assert len(judged) == 12
     x = torch.stack([labeled()[i][0] for i in judged])
     with torch.inference_mode():
@@ -101,6 +100,80 @@ def test_accuracy_as_reward_is_that_of_the_candidate():
     )
     got = vt.evaluate(result.model, judged)
     assert got.top1 == pytest.approx(result.best["reward"])
+
+
+def calibrated(monkeypatch) -> list[int]:
+    """How many images each dependence is estimated on, from now on."""
+    seen: list[int] = []
+    score = dependence.score
+
+    def listening(model, batches, **more):
+        seen.append(sum(len(x) for x, _ in batches))
+        return score(model, batches, **more)
+
+    monkeypatch.setattr(dependence, "score", listening)
+    return seen
+
+
+def test_nothing_is_calibrated_on_what_candidates_are_judged_on(monkeypatch, tmp_path):
+    seen = calibrated(monkeypatch)
+    # Tensors have numbers for names, so other ones are others, and the same ones the same.
+    other = [(x + 1, label) for x, label in labeled()[:12]]
+    method = vt.MultiDim(**(SMALL | {"trials": 1}))
+    vt.search(dense(), HALF, data=labeled(), reward=other, method=method)
+    whole = labeled()
+    few = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 12}))
+    vt.search(dense(), HALF, data=whole, reward=whole, method=few)
+    assert seen == [30, 18]
+    # A folder is the same however it is spelled, and so is a part of it.
+    from PIL import Image
+
+    for i in range(12):
+        place = tmp_path / "photos" / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), 50 + i).convert("RGB").save(place / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for reward in (str(tmp_path / "photos"), "photos/../photos", "photos/a"):
+        two = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 4}))
+        vt.search(dense(), HALF, data="photos", reward=reward, method=two)
+    assert seen[2:] == [8, 8, 8]
+
+
+def test_batches_are_never_too_small_to_tell(monkeypatch):
+    monkeypatch.setattr("vitailor.methods.multi_dim.BATCH", 4)
+    assert found(
+        trials=1, reward_images=17
+    ).trials  # 13 are left: not three batches of 4 and one of 1
+
+
+def test_half_precision():
+    model = build(depth=3, num_heads=4, num_classes=6).bfloat16()
+    method = vt.MultiDim(**(SMALL | {"trials": 2}))
+    small = vt.compress(model, method, HALF, data=labeled())
+    assert next(small.parameters()).dtype == torch.bfloat16
+
+
+def test_a_budget_in_parameters_leaves_tokens_alone():
+    result = found(budget=vt.Budget(params=0.8))
+    assert all("num_tokens_out" not in trial["policy"] for trial in result.trials)
+    assert not shape_of(result.model).merges_tokens
+    with pytest.raises(vt.UsageError, match="no parameters"):
+        found(budget=vt.Budget(params=0.8), dimensions=("tokens",))
+
+
+def test_a_model_that_merges_already_goes_on_merging():
+    merging = vt.compress(dense(), vt.TokenMerge(), vt.Budget(macs=0.9))
+    method = vt.MultiDim(**(SMALL | {"trials": 2, "dimensions": ("neurons",)}))
+    small = vt.compress(merging, method, vt.Budget(macs=0.8), data=labeled())
+    assert not any(block.fuses for block in shape_of(small).blocks)
+    more = vt.compress(merging, vt.MultiDim(**SMALL), vt.Budget(macs=0.5), data=labeled())
+    before = shape_of(merging).blocks
+    for block, old in zip(shape_of(more).blocks, before, strict=True):
+        fewer = block.num_tokens_out < min(block.num_tokens_in, old.num_tokens_out)
+        assert block.fuses <= fewer
+    weighed = vt.MultiDim(**SMALL, tokens="fuse-dependence")
+    with pytest.raises(vt.UsageError, match="fewer tokens in later blocks"):
+        vt.compress(merging, weighed, vt.Budget(macs=0.5), data=labeled())
 
 
 def test_units_go_by_dependence_on_the_predictions():
@@ -171,7 +244,10 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     assert [t["policy"] for t in found(parts, trials=5, initial=1).trials] == [
         t["policy"] for t in whole.trials
     ]
-    # Another model, budget or seed is another study.
+    # Other images, another budget or model are another study.
+    shifted = [(x + 1, label) for x, label in labeled()]
+    fresh = found(tmp_path, trials=2, data=shifted)
+    assert fresh.model.vitailor.record["facts"]["own_trials"] == 2
     other = found(tmp_path, trials=3, budget=vt.Budget(macs=0.7))
     assert other.model.vitailor.record["facts"]["own_trials"] == 3
 
@@ -205,6 +281,20 @@ def test_shared_weights_and_fine_tuning_resume_bit_for_bit(tmp_path):
         else:
             path.unlink()
     assert weights_hash(run(cut_off, resume=True)) == weights_hash(whole)
+    with pytest.raises(vt.UsageError, match="calibration"):
+        vt.compress(
+            dense(),
+            vt.MultiDim(
+                **SMALL,
+                sharing=TRAINING | {"distill": "soft"},
+                training=TRAINING | {"distill": "soft"},
+            ),
+            HALF,
+            data=[(x + 1, label) for x, label in labeled()],
+            train=labeled(),
+            folder=cut_off,
+            resume=True,
+        )
     plain = vt.compress(dense(), vt.MultiDim(**SMALL), HALF, data=labeled())
     assert weights_hash(plain) != weights_hash(whole)
 
@@ -225,7 +315,6 @@ def test_presets_are_as_published():
         ({}, vt.Budget(latency_ms=1.0), vt.UsageError, "not a latency"),
         ({}, vt.Budget(macs=0.01), vt.BudgetError, "No policy meets"),
         ({"token_blocks": (9,)}, HALF, vt.UsageError, "Tokens cannot go in blocks"),
-        ({"stages": 7}, HALF, vt.UsageError, "7 stages"),
         ({"space": "harm"}, HALF, vt.UsageError, "fused tokens is not measured"),
         (
             {"space": "harm", "tokens": "ward"},

@@ -87,7 +87,9 @@ def compress(
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
-    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_training(
+        task, data, train, method, preprocessing, class_map, folder, resume, on_event
+    )
     task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
     with _undisturbed(seed):
@@ -149,7 +151,9 @@ def plan_only(
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
-    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_training(
+        task, data, train, method, preprocessing, class_map, folder, resume, on_event
+    )
     task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     with _undisturbed(seed):
         return method.plan(task).result(task.shape)
@@ -185,7 +189,7 @@ def _prepare(
             preprocessing,
             seed=seed,
             num_classes=classes if method.needs_labels else None,
-            class_map=class_map if method.needs_labels else None,
+            class_map=_map_for(data, class_map, method.needs_labels),
             split="train",
         )
     elif method.needs_images:
@@ -213,6 +217,7 @@ def _prepare(
 
 def _with_training(
     task: Task,
+    data: Data | None,
     train: Data | None,
     method: Method,
     preprocessing: Preprocessing,
@@ -242,9 +247,11 @@ def _with_training(
         Augmentation.of(preprocessing, config),
         num_classes=task.shape.num_classes or None,
         class_map=class_map,
-        labels_needed=config.needs_labels,
+        labels_needed=method.trains_on_labels,
         split="train",
     )
+    if train is not data and not isinstance(train, str | os.PathLike):
+        images.source += ", for training"  # see `_with_reward`
     return replace(task, train=images)
 
 
@@ -267,7 +274,7 @@ def _with_reward(
             reward,
             preprocessing,
             num_classes=(task.shape.num_classes or None) if method.needs_labels else None,
-            class_map=class_map,
+            class_map=_map_for(reward, class_map, method.needs_labels),
             labels_needed=method.needs_labels,
             split="train",
         )
@@ -284,6 +291,11 @@ def _with_reward(
             "Put them in class folders, or choose settings that need no labels.",
         )
     return replace(task, on_trial=on_trial)
+
+
+def _map_for(data: Data, class_map: ClassMap | None, labels: bool) -> ClassMap | None:
+    """The class map, where class folders are read."""
+    return class_map if labels and isinstance(data, str | os.PathLike) else None
 
 
 def _open_test(

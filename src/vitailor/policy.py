@@ -86,16 +86,16 @@ class Policy(Facts):
                 if ratio > 0:
                     size = _kept(shape, i, dimension, ratio, steps, nearest, fused)
                     shape = with_size(shape, i, dimension, size)
-        return _fusing(shape) if fused else shape
+        return _fusing(shape, dense, self.tokens or ()) if fused else shape
 
 
-def _fusing(shape: ViTShape) -> ViTShape:
-    """The shape with tokens that go fused instead of merged."""
-    return shape.with_blocks(
-        tuple(
-            b.model_copy(update={"fuses": b.num_tokens_out < b.num_tokens_in}) for b in shape.blocks
-        )
-    )
+def _fusing(shape: ViTShape, dense: ViTShape, ratios: Sequence[float]) -> ViTShape:
+    """The shape with tokens fused, instead of merged, where the ratios make more of them go than the model does."""
+    blocks = []
+    for own, before, ratio in zip(shape.blocks, dense.blocks, ratios, strict=False):
+        more = ratio > 0 and own.num_tokens_out < min(own.num_tokens_in, before.num_tokens_out)
+        blocks.append(own.model_copy(update={"fuses": own.fuses or more}))
+    return shape.with_blocks((*blocks, *shape.blocks[len(blocks) :]))
 
 
 def _kept(

@@ -9,7 +9,7 @@ are used to being cut.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .hosts import host_of
 from .layers import Block
 from .orders import plan_for
 from .shape import ViTShape, revise
+from .sizes import with_size
 from .surgery import apply
 
 #: Projections that read what is masked: heads' outputs and hidden units.
@@ -40,23 +41,29 @@ class Masked(nn.Module):
         return cast(Tensor, self.projection(x * self.mask))
 
 
-def share(model: nn.Module, example: ViTShape, orders: Sequence[Order]) -> nn.Module:
-    """A copy of the model that `resize` gives any sizes; computes the same as long as no token goes.
+def share(
+    model: nn.Module, rule: ViTShape, orders: Sequence[Order], places: Collection[int] = ()
+) -> nn.Module:
+    """A copy of the model that `resize` gives any sizes.
 
     Args:
         model: any supported model; left as it is.
-        example: sizes that it is to take; where tokens go, and by which rule, is as here.
+        rule: its shape, with the rule by which tokens go.
         orders: of the units of each block.
+        places: blocks, counted from 0, after whose attention tokens may go.
     """
     dense = host_of(model).describe(model)
+    # One token fewer at each place, so that every part that `resize` then sets is there.
+    fewer = rule
+    for i in sorted(places):
+        fewer = with_size(fewer, i, "tokens", fewer.blocks[i].num_tokens_in - 1)
     fields = ("num_tokens_in", "num_tokens_out", "fuses")
     blocks = tuple(
         own.model_copy(update={name: getattr(other, name) for name in fields})
-        for own, other in zip(dense.blocks, example.blocks, strict=True)
+        for own, other in zip(dense.blocks, fewer.blocks, strict=True)
     )
     names = ("matching", "match_features", "weighs_tokens")
-    rule = {name: getattr(example, name) for name in names}
-    target = revise(dense, blocks=blocks, **rule)
+    target = revise(dense, blocks=blocks, **{name: getattr(rule, name) for name in names})
     shared = apply(model, plan_for(dense, target, orders))
     for i in range(dense.depth):
         block = host_of(model).block(shared, i)
@@ -69,7 +76,10 @@ def share(model: nn.Module, example: ViTShape, orders: Sequence[Order]) -> nn.Mo
 
 
 def resize(shared: nn.Module, shape: ViTShape, orders: Sequence[Order]) -> None:
-    """Let a shared model compute what it would at these sizes of heads, hidden units and tokens, in place."""
+    """Let a shared model compute what it would at these sizes of heads, hidden units and tokens, in place.
+
+    Where tokens go by attention, the heads that are masked still have their say in which.
+    """
     host = host_of(shared)
     for i, (want, order) in enumerate(zip(shape.blocks, orders, strict=True)):
         block = host.block(shared, i)
@@ -77,6 +87,7 @@ def resize(shared: nn.Module, shape: ViTShape, orders: Sequence[Order]) -> None:
         heads.zero_()[order.heads[: want.num_heads]] = 1
         _masked(block, "mlp.fc2").zero_()[order.neurons[: want.mlp_dim]] = 1
         block.num_tokens_in, block.num_tokens_out = want.num_tokens_in, want.num_tokens_out
+        block.fuses = want.fuses
 
 
 def unshare(shared: nn.Module, model: nn.Module) -> nn.Module:
@@ -84,11 +95,11 @@ def unshare(shared: nn.Module, model: nn.Module) -> nn.Module:
     weights = {
         name.replace(f".{leaf}.projection.", f".{leaf}."): value
         for name, value in shared.state_dict().items()
-        if not name.endswith((".match_features", ".token_weights"))
         for leaf in ("fc2" if ".fc2." in name else "proj",)
     }
     plain = copy.deepcopy(model)
-    plain.load_state_dict(weights)
+    known = plain.state_dict()  # without what only merging in training needed
+    plain.load_state_dict({name: weights[name] for name in known})
     return plain
 
 

@@ -182,10 +182,6 @@ def compress(
         setup.check_folder(output, overwrite or (resume and begun))
     if images is not None and images < 1:
         raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
-    if class_map is not None and evaluate is None and train is None:
-        raise UsageError(
-            "--class-map goes with --evaluate or --train.", "Leave it out, or pass one of them."
-        )
     setup.check_file("--class-map", class_map)
     for data in (calibrate, evaluate, train):
         if data is not None:
@@ -204,6 +200,10 @@ def compress(
         "checkpoint_every": checkpoint_every,
     }
     made = make_method(method, fields, sets, given, train, resume)
+    if class_map is not None and evaluate is None and train is None and not made.needs_labels:
+        raise UsageError(
+            "--class-map goes with --evaluate or --train.", "Leave it out, or pass one of them."
+        )
     if calibrate is None and made.needs_images:
         raise UsageError(f"{method} needs images.", "Name some with --calibrate.")
 

@@ -22,6 +22,8 @@ EXAMPLE = o.example(
 )
 #: Candidates as JSON, one a line, beside the model.
 HISTORY = "trials.jsonl"
+#: What was asked for, beside the journal.
+REQUEST = "search.json"
 _BUDGET, _SEARCH = "Budget (exactly one)", "Search"
 
 
@@ -157,7 +159,7 @@ def search(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, trial_progress
+    from .console import emit, is_first_process, trial_progress
 
     given = {
         "trials": trials,
@@ -171,8 +173,19 @@ def search(
         raise UsageError(
             "A search trains nothing.", "Take vitailor compress --method multi-dim --train DATA."
         )
-    begun = (output / setup.CHECKPOINTS).is_dir()
-    setup.check_folder(output, overwrite or begun)
+    # What the folder's model and candidates came from; another number of trials goes on with them.
+    asked = {
+        "model": [model, str(weights), num_classes],
+        "budget": str(budget),
+        "images": [calibrate, reward, images, str(class_map), seed],
+        "preprocessing": {name: str(value) for name, value in transform.items()},
+        "settings": {**fields, **sets, "trials": None, "storage": None},
+    }
+    request = as_json.dumps(asked, sort_keys=True, default=str)
+    note = output / setup.CHECKPOINTS / REQUEST
+    begun = note.is_file() and note.read_text(encoding="utf-8") == request
+    if is_first_process():
+        setup.check_folder(output, overwrite or begun)
     setup.check_file("--class-map", class_map)
     for data in (calibrate, reward, evaluate):
         if data is not None:
@@ -182,6 +195,10 @@ def search(
     from ..methods import MultiDim
 
     made = s.make_config("search", MultiDim, fields, sets)
+    if class_map is not None and evaluate is None and not made.needs_labels:
+        raise UsageError(
+            "--class-map goes with --evaluate, or with --set reward=accuracy.", "Leave it out."
+        )
 
     from ..artifact import save
     from ..data import open_images
@@ -200,6 +217,9 @@ def search(
         test = open_images(
             evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
         )
+    if is_first_process():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(request, encoding="utf-8")
     with trial_progress() as told:
         found = run(
             opened.model,
@@ -223,6 +243,8 @@ def search(
             preprocessing=preprocessing,
             on_trial=told,
         )
+    if not is_first_process():
+        return
     save(found.model, output, overwrite=True)
     lines = "".join(as_json.dumps(trial) + "\n" for trial in found.trials)
     (output / HISTORY).write_text(lines, encoding="utf-8")

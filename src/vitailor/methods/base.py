@@ -74,15 +74,15 @@ class Task:
     def taught_by(self) -> nn.Module:
         return self.model if self.teacher is None else self.teacher
 
-    def batches(self, limit: int | None = None) -> Batches:
-        """Calibration images in batches: all, or at most `limit`, drawn by seed."""
+    def batches(self, limit: int | None = None, size: int = BATCH_SIZE) -> Batches:
+        """Calibration images in batches of `size`: all, or at most `limit`, drawn by seed."""
         if self.data is None:
             raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
         images = self.data
         if limit is not None and limit < len(images):
             images = images.draw(limit, self.seed)
         dtype = next(self.model.parameters()).dtype
-        return _Cast(loader(images, batch_size=BATCH_SIZE), dtype)
+        return _Cast(loader(images, batch_size=size), dtype)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,11 @@ class Method(BaseModel):
     def trains(self) -> TrainConfig | None:
         """Settings of training on a training set; None for a method that needs none."""
         return None
+
+    @property
+    def trains_on_labels(self) -> bool:
+        """Whether training reads the labels of training images."""
+        return self.trains is not None and self.trains.needs_labels
 
     @property
     def searches(self) -> bool:

@@ -32,9 +32,9 @@ from ..allocate import require_reachable
 from ..budget import Budget
 from ..calibrate import Batches, dense_sweep
 from ..criteria import Order
-from ..data import ImageSet, loader
+from ..data import ImageSet
 from ..dependence import BANDWIDTHS, REDUNDANCY, RELEVANCE, Estimator
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from ..harm import measure
 from ..harm_space import HarmSpace
 from ..orders import plan_for
@@ -52,6 +52,7 @@ from ..training import TrainConfig, fit
 from . import stages
 from .base import Method, Outcome, Task, keeps_all, with_matching
 from .closed_form import MATCH_SHARE, ClosedForm, Sorted
+from .judging import fingerprint, split, without
 
 #: Rules by which tokens go: selection with a fused token, as published, or merging.
 TokenRule = Literal["fuse", "fuse-dependence"] | Matching
@@ -59,10 +60,10 @@ TokenRule = Literal["fuse", "fuse-dependence"] | Matching
 BATCH = 128
 #: A study's journal in the folder for checkpoints.
 JOURNAL = "search.journal"
-#: Images that candidates are judged on, unless told otherwise: so many, or this share of the calibration images.
-REWARD_IMAGES, REWARD_SHARE = 256, 0.5
 #: Images on which single cuts are measured.
 HARM_IMAGES = 64
+#: Settings that decide nothing before the search.
+OF_SEARCH = {"trials", "initial", "sampler", "reward", "space", "storage", "training"}
 #: Dimensions that weights can be shared over.
 SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
 
@@ -78,7 +79,7 @@ class MultiDim(Method):
         relevance: share of dependence in a neuron's score; the rest is its activity's.
         compensation: regress what was removed on what was kept, in every candidate and in the result.
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
-        dimensions: what may be cut.
+        dimensions: what may be cut; tokens only where the budget is in MACs, since they have no parameters.
         tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
             published; "fuse-dependence" multiplies attention by the dependence of their place; the rest are
             rules of merging, see `shape.Matching`.
@@ -94,7 +95,8 @@ class MultiDim(Method):
         initial: of these, the ones that are spread out evenly beforehand; None for one more than parameters.
         sampler: "gp", or "random" for comparison.
         reward: "divergence" from the dense outputs, or "accuracy", for which images need labels.
-        reward_images: how many candidates are judged on; None for 256, at most half of the calibration images.
+        reward_images: how many candidates are judged on, which nothing else is done with; None for 256, at most
+            half of the calibration images.
         storage: a journal file or the URL of a database, which several workers may share. By default a file
             beside the checkpoints, or memory where there are none.
         sharing: settings of training shared weights before the search; None for none.
@@ -161,6 +163,10 @@ class MultiDim(Method):
         return self.training or self.sharing
 
     @property
+    def trains_on_labels(self) -> bool:
+        return any(c is not None and c.needs_labels for c in (self.training, self.sharing))
+
+    @property
     def searches(self) -> bool:
         return True
 
@@ -173,6 +179,15 @@ class MultiDim(Method):
             raise UsageError(
                 "The search is within a number of MACs or parameters, not a latency.",
                 "Give the budget so, or take closed-form.",
+            )
+        if not self._allowed(budget.metric):
+            raise UsageError(
+                "Tokens have no parameters.", "Allow other dimensions, or give a budget in MACs."
+            )
+        if self.tokens == "fuse-dependence" and shape.merges_tokens:
+            raise UsageError(
+                "The model has fewer tokens in later blocks already, whose places have no dependence.",
+                "Take another rule (tokens=fuse).",
             )
         if "qk" in self.dimensions and shape.qk_norm:
             raise UsageError(
@@ -200,9 +215,9 @@ class MultiDim(Method):
         if self.space == "harm" and not keeps_all(budget, shape):
             limits = (budget.metric, budget.limit(shape))
             merging = self._merging(shape)
-            require_reachable(merging, *limits, self.dimensions, self._steps(shape))
+            require_reachable(merging, *limits, self._allowed(budget.metric), self._steps(shape))
         elif not keeps_all(budget, shape):
-            self._space(shape).require_reachable(budget.metric, budget.limit(shape))
+            self._space(shape, budget.metric).require_reachable(budget.metric, budget.limit(shape))
 
     def plan(self, task: Task) -> Plan:
         if keeps_all(task.budget, task.shape):
@@ -214,12 +229,9 @@ class MultiDim(Method):
             return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
         if self.training is None:
             return self._cut(task)
-        identity = {
-            "model": weights_hash(task.model),
-            "budget": str(task.budget),
-            "settings": self.model_dump_json(exclude={"training", "storage"}),
-            "seed": str(task.seed),
-        }
+        calibration, judged = split(task, self.reward_images)
+        seeing = _images(task, calibration)
+        identity = self._identity(seeing, judged, {"training", "storage"})
         made = stages.settled(task, self.training, identity, lambda: self._cut(task))
         tuned = stages.finetune(task, self.training, made.model, identity)
         return replace(made, facts={**made.facts, "finetune": tuned})
@@ -229,7 +241,11 @@ class MultiDim(Method):
         model, plan, facts = self._found(task)
         if self.compensation:
             small = cut(
-                model, plan, _images(task, self._split(task)[0]).batches(), self.ridge, task.model
+                model,
+                plan,
+                _images(task, split(task, self.reward_images)[0]).batches(),
+                self.ridge,
+                task.model,
             )
         else:
             small = apply(model, plan)
@@ -239,12 +255,12 @@ class MultiDim(Method):
 
     def _found(self, task: Task) -> tuple[nn.Module, Plan, dict[str, Any]]:
         """The model to cut, the best plan, and what the search saw."""
-        calibration, judged = self._split(task)
+        calibration, judged = split(task, self.reward_images)
         seeing = _images(task, calibration)
         ready = self._ranked(seeing)
         facts: dict[str, Any] = {}
         if self.sharing is not None:
-            model, facts["sharing"] = self._shared(task, ready)
+            model, facts["sharing"] = self._shared(seeing, judged, ready)
             # The shared weights have moments of their own; their units keep their ranks.
             moments = dense_sweep(model, seeing.batches()) if self.compensation else []
             ready = replace(ready, model=model, moments=moments)
@@ -261,10 +277,11 @@ class MultiDim(Method):
         if self.criterion == "output_error" and not weighs:
             return found
         assert task.data is not None
-        batches = loader(task.data, batch_size=min(BATCH, len(task.data)))
+        # Batches of nearly equal size: a small last one could not tell.
+        count = max(1, len(task.data) // BATCH)
         scores = dependence.score(
             task.model,
-            batches,
+            task.batches(size=-(-len(task.data) // count)),
             bandwidths=self.bandwidths,
             estimator=self.estimator,
             redundancy_weight=self.redundancy,
@@ -283,38 +300,15 @@ class MultiDim(Method):
             ]
         return replace(found, orders=orders)
 
-    def _split(self, task: Task) -> tuple[ImageSet, ImageSet]:
-        """Images to calibrate on, and others to judge candidates by."""
-        if task.data is None:
-            raise DataError("There are no calibration images.", "Pass data=, or --calibrate.")
-        images, wanted = task.data, self.reward_images or REWARD_IMAGES
-        if task.reward is not None:
-            few = task.reward.draw(wanted, task.seed) if wanted < len(task.reward) else task.reward
-            if few.source != images.source:
-                return images, few
-            taken = set(few.names)
-        else:
-            most = len(images) if self.reward_images else int(len(images) * REWARD_SHARE)
-            few = images.draw(max(1, min(wanted, most)), task.seed)
-            taken = set(few.names)
-        rest = images.subset(i for i, name in enumerate(images.names) if name not in taken)
-        if not len(rest):
-            raise DataError(
-                f"All {len(images)} images judge candidates, and none is left to calibrate on.",
-                "Give more images, or fewer reward_images.",
-            )
-        return rest, few
-
     # -- 2. weight sharing -----------------------------------------------------------------------
 
-    def _shared(self, task: Task, ready: Sorted) -> tuple[nn.Module, dict[str, Any]]:
+    def _shared(
+        self, task: Task, judged: ImageSet, ready: Sorted
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """The model with weights trained at policies drawn evenly, one for each update."""
         assert self.sharing is not None
-        space, metric, limit = (
-            self._space(task.shape),
-            task.budget.metric,
-            task.budget.limit(task.shape),
-        )
+        metric, limit = task.budget.metric, task.budget.limit(task.shape)
+        space = self._space(task.shape, metric)
         names = space.names
         config = stages.seeded(self.sharing, task)
 
@@ -322,20 +316,18 @@ class MultiDim(Method):
             values = np.random.default_rng((config.seed, step)).random(len(names))
             return space.on_budget(dict(zip(names, values.tolist(), strict=True)), metric, limit)
 
-        shared = share(ready.model, drawn(0), ready.orders)
+        cuts_tokens = "tokens" in space.dimensions
+        places = [block - 1 for block in space.token_blocks] if cuts_tokens else []
+        shared = share(ready.model, space.dense, ready.orders, places)
         found = fit(
             shared,
             config,
-            stages.images(task),
+            without(stages.images(task), judged),
             teacher=task.taught_by,
             folder=stages.folder(task, "sharing"),
             resume=task.resume,
             before_update=lambda one, step: resize(one, drawn(step), ready.orders),
-            identity={
-                "model": weights_hash(ready.model),
-                "budget": str(task.budget),
-                "settings": self.model_dump_json(exclude=_LATER),
-            },
+            identity=self._identity(task, judged, OF_SEARCH),
             on_event=stages.told(task, "weight sharing"),
             device=task.device,
         )
@@ -349,10 +341,11 @@ class MultiDim(Method):
     def _search(
         self, task: Task, judged: ImageSet, ready: Sorted
     ) -> tuple[ViTShape, dict[str, Any]]:
-        space, metric, limit = (
-            self._space(task.shape) if self.space == "ratios" else self._harms(task, ready),
-            task.budget.metric,
-            task.budget.limit(task.shape),
+        metric, limit = task.budget.metric, task.budget.limit(task.shape)
+        space = (
+            self._space(task.shape, metric)
+            if self.space == "ratios"
+            else self._harms(task, ready, metric)
         )
         simulator = self._simulator(_images(task, judged).batches(), task, ready, whole=True)
 
@@ -364,7 +357,8 @@ class MultiDim(Method):
                 else -simulator.trial(shape, 0).harm
             )
             sizes = {
-                FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks] for d in self.dimensions
+                FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks]
+                for d in self._allowed(metric)
             }
             return value, {"macs": shape.macs, "params": shape.params, "policy": sizes}
 
@@ -402,7 +396,22 @@ class MultiDim(Method):
             "overhead_seconds": round(result.overhead_seconds, 3),
             "reward_images": len(judged),
         }
-        return space.on_budget(result.best.direction, metric, limit), facts
+        # As they were judged: measured harms, if directions are weights on these, differ by machine.
+        return self._shape(task.shape, result.best.facts["policy"]), facts
+
+    def _shape(self, dense: ViTShape, policy: dict[str, list[int]]) -> ViTShape:
+        """The shape of these sizes."""
+        rule, blocks = self._merging(dense), []
+        tokens = dense.num_tokens
+        for i, block in enumerate(rule.blocks):
+            sizes = {name: values[i] for name, values in policy.items()}
+            left = min(sizes.get("num_tokens_out", block.num_tokens_out), tokens)
+            more = left < min(tokens, block.num_tokens_out)
+            sizes |= {"num_tokens_in": tokens, "num_tokens_out": left}
+            fuses = block.fuses or (more and self.tokens.startswith("fuse"))
+            blocks.append(block.model_copy(update=sizes | {"fuses": fuses and left < tokens}))
+            tokens = left
+        return rule.with_blocks(tuple(blocks))
 
     def _simulator(self, batches: Batches, task: Task, ready: Sorted, whole: bool) -> Simulator:
         """Measures candidates, `whole`, or single cuts."""
@@ -421,30 +430,43 @@ class MultiDim(Method):
             remember=not whole,
         )
 
-    def _harms(self, task: Task, ready: Sorted) -> HarmSpace:
+    def _harms(self, task: Task, ready: Sorted, metric: str) -> HarmSpace:
         """Weights on what single cuts harm, measured on calibration images."""
         single = self._simulator(task.batches(HARM_IMAGES), task, ready, whole=False)
         steps = self._steps(task.shape)
-        return HarmSpace(measure(single, self.dimensions, steps), self.dimensions, steps)
+        dimensions = self._allowed(metric)
+        return HarmSpace(measure(single, dimensions, steps), dimensions, steps)
 
     def _study(self, task: Task, judged: ImageSet, model: nn.Module) -> str:
-        """A name that only the same search has."""
-        assert task.data is not None
+        """A name that only the same search has. Rotated weights follow from the model and the images but for
+        rounding, which differs by machine."""
         parts = (
-            weights_hash(model),
-            str(task.budget),
-            self.model_dump_json(exclude=_LATER | {"trials"}),
-            task.data.list_hash,
-            judged.list_hash,
-            str(task.seed),
+            *self._identity(task, judged, {"trials", "storage", "training"}).values(),
+            weights_hash(model) if self.sharing is not None else "",
         )
         return sha256("\n".join(parts).encode()).hexdigest()[:24]
 
-    def _space(self, shape: ViTShape) -> Space:
+    def _identity(self, task: Task, judged: ImageSet, free: set[str]) -> dict[str, str]:
+        """What an outcome depends on, but for the free settings. `task.data` are the images to calibrate on."""
+        assert task.data is not None
+        return {
+            "model": weights_hash(task.model),
+            "budget": str(task.budget),
+            "settings": self.model_dump_json(exclude=free),
+            "seed": str(task.seed),
+            "calibration": fingerprint(task.data),
+            "judged": fingerprint(judged),
+        }
+
+    def _allowed(self, metric: str) -> tuple[Dimension, ...]:
+        """The dimensions that a budget of this kind is met by."""
+        return tuple(d for d in self.dimensions if metric != "params" or d != "tokens")
+
+    def _space(self, shape: ViTShape, metric: str) -> Space:
         return Space(
             self._merging(shape),
-            self.dimensions,
-            self.stages,
+            self._allowed(metric),
+            None if self.stages is None else min(self.stages, shape.depth),
             token_blocks=self.token_blocks or token_blocks(shape.depth),
             most=self.most,
             steps=self._steps(shape),
@@ -472,10 +494,6 @@ class MultiDim(Method):
         """Whether moments of the calibration images are needed."""
         dims = {"qk", "v"} & set(self.dimensions)
         return self.compensation or bool(dims) or self.criterion == "output_error"
-
-
-#: Settings that decide nothing before fine-tuning, or not what a trial gives.
-_LATER = {"training", "storage"}
 
 
 def _as_they_are(block: BlockShape) -> Order:
