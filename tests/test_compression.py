@@ -367,6 +367,24 @@ def test_accuracy_before_and_after():
     assert record["images"] == 30
 
 
+def test_an_accuracy_that_is_known_is_not_measured_again(monkeypatch):
+    model = make()
+    test = data(model)
+    known = vt.evaluate(model, test)
+    measured: list[nn.Module] = []
+
+    def listening(one: nn.Module, images: Any) -> Any:
+        measured.append(one)
+        return vt.evaluate(one, images)
+
+    monkeypatch.setattr("vitailor.compression.measure_accuracy", listening)
+    small = vt.compress(model, TokenMerge(), vt.Budget(macs=0.8), evaluate=test, before=known)
+    assert len(measured) == 1
+    assert small.vitailor.record["top1"]["before"] == known.top1
+    refused(UsageError, "not on the images", evaluate=data(model, 12), before=known)
+    refused(UsageError, "not on the images", before=known)
+
+
 def test_progress_reaches_its_total():
     seen: list[tuple[int, int]] = []
     small_of(

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import build, images
-from test_surgery import KINDS, SIZES
+from test_surgery import KINDS, dense
 from vitailor import gates, threshold
 from vitailor.criteria import Importance
 from vitailor.errors import BudgetError, UnsupportedModelError, UsageError
@@ -24,9 +24,7 @@ from vitailor.plan import BlockPlan, Plan
 from vitailor.shape import Ranks, ViTShape
 from vitailor.surgery import apply
 
-MODELS = {
-    name: build(kind, **SIZES, **overrides).double() for name, (kind, overrides) in KINDS.items()
-}
+MODELS = {kind: dense(kind) for kind in KINDS}
 CASES = [
     (name, placement)
     for name, model in MODELS.items()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import build, images
-from test_surgery import KINDS
+from test_surgery import KINDS, dense
 from vitailor import simulate
 from vitailor.calibrate import dense_sweep
 from vitailor.criteria import Order, variance, with_match_features
@@ -28,13 +28,7 @@ from vitailor.simulate import Simulator, divergence
 from vitailor.sizes import with_size
 from vitailor.surgery import apply
 
-
-def model_of(kind: str) -> nn.Module:
-    name, overrides = KINDS[kind]
-    return build(name, num_heads=4, mlp_ratio=1.5, **overrides).double()
-
-
-MODELS = {kind: model_of(kind) for kind in KINDS}
+MODELS = {kind: dense(kind) for kind in KINDS}
 BATCHES = {kind: list(images(m, 6).split(4)) for kind, m in MODELS.items()}
 MOMENTS = {kind: dense_sweep(m, BATCHES[kind]) for kind, m in MODELS.items()}
 

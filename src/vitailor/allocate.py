@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .budget import cost
 from .errors import BudgetError
-from .harm import HarmModel, Tilt, total
+from .harm import HarmModel, Known, Tilt, total
 from .shape import BlockShape, ViTShape
 from .simulate import Simulator, Trial
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
@@ -99,25 +99,49 @@ def fill(
 ) -> ViTShape:
     """Give back single units until not one more fits: those that undo most harm for their cost, or,
     without a harm model, the dearest."""
+    harms: Known = {}
+    # A candidate stays what it is until its block changes, or the tokens of any.
+    known: dict[tuple[int, Dimension], tuple[int, float]] = {}
     while True:
         present = cost(shape, metric)
-        best: tuple[float, ViTShape] | None = None
+        best: tuple[float, int, Dimension] | None = None
         for i in range(shape.depth):
             for dimension in dimensions:
-                grown = _grown(shape, dense, i, dimension, steps)
-                if grown is None or not present < cost(grown, metric) <= limit:
-                    continue
-                added = cost(grown, metric) - present
-                worth = (
-                    float(added)
-                    if harm is None
-                    else (total(harm, shape) - total(harm, grown)) / added
-                )
-                if best is None or worth > best[0]:
-                    best = worth, grown
+                if (i, dimension) not in known or dimension == "tokens":
+                    known[i, dimension] = _gain(
+                        shape, dense, metric, i, dimension, steps, harm, harms
+                    )
+                added, worth = known[i, dimension]
+                if 0 < added <= limit - present and (best is None or worth > best[0]):
+                    best = worth, i, dimension
         if best is None:
             return shape
-        shape = best[1]
+        _, changed, dimension = best
+        grown = _grown(shape, dense, changed, dimension, steps)
+        assert grown is not None  # it was worth something
+        shape = grown
+        for key in [key for key in known if dimension == "tokens" or key[0] == changed]:
+            del known[key]
+
+
+def _gain(
+    shape: ViTShape,
+    dense: ViTShape,
+    metric: str,
+    i: int,
+    dimension: Dimension,
+    steps: Steps,
+    harm: HarmModel | None,
+    harms: Known,
+) -> tuple[int, float]:
+    """What one unit more costs, and what it is worth; nothing where the block is whole."""
+    grown = _grown(shape, dense, i, dimension, steps)
+    if grown is None:
+        return 0, 0.0
+    added = cost(grown, metric) - cost(shape, metric)
+    if harm is None or added <= 0:
+        return added, float(added)
+    return added, (total(harm, shape, harms) - total(harm, grown, harms)) / added
 
 
 def _grown(

@@ -23,8 +23,8 @@ from .benchmarking import bench, conditions
 from .budget import Budget, cost
 from .data import ClassMap, Data, ImageSet, open_images
 from .errors import BudgetError, DataError, UsageError
+from .evaluation import Accuracy, paired_difference
 from .evaluation import evaluate as measure_accuracy
-from .evaluation import paired_difference
 from .hosts import shape_of
 from .methods import Method, OnEvent, OnTrial, Task
 from .plan import Plan
@@ -41,6 +41,7 @@ def compress(
     *,
     data: Data | None = None,
     evaluate: Data | None = None,
+    before: Accuracy | None = None,
     train: Data | None = None,
     reward: Data | None = None,
     class_map: ClassMap | None = None,
@@ -63,6 +64,7 @@ def compress(
         data: calibration images: a path, a dataset, or an iterable of tensors or (images, labels);
             labels are ignored unless the method asks for them.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
+        before: the model's accuracy on these, where it is known already; else it is measured.
         train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
         reward: images that candidates of a search are judged on, for `MultiDim`; those that `data` holds too
             are not calibrated on. By default some of `data`.
@@ -92,13 +94,17 @@ def compress(
     )
     task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
+    if before is not None and (test is None or before.list_hash != test.list_hash):
+        raise UsageError(
+            "The accuracy given is not on the images to evaluate on.", "Leave before= out."
+        )
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
         if outcome.whole:
             _check_budget(budget, task.shape, shape_of(small))
         seconds = perf_counter() - started
-        accuracy = _accuracies(task.model, small, test)
+        accuracy = _accuracies(task.model, small, test, before)
     small = small.to(next(model.parameters()).device)
     step = _step(model, method, budget, outcome.plan, seed, source)
     earlier = provenance_of(model)
@@ -339,10 +345,13 @@ def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:
             )
 
 
-def _accuracies(dense: nn.Module, small: nn.Module, test: ImageSet | None) -> dict[str, Any]:
+def _accuracies(
+    dense: nn.Module, small: nn.Module, test: ImageSet | None, before: Accuracy | None
+) -> dict[str, Any]:
     if test is None:
         return {}
-    before, after = measure_accuracy(dense, test), measure_accuracy(small, test)
+    before = before or measure_accuracy(dense, test)
+    after = measure_accuracy(small, test)
     _, low, high = paired_difference(after, before)
     return {
         "top1": {"before": before.top1, "after": after.top1, "interval": [low, high]},

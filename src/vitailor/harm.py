@@ -128,14 +128,27 @@ def _interpolate(full: int, sizes: list[int], harms: list[float]) -> Curve:
     return curve
 
 
-def total(harm: HarmModel, shape: ViTShape) -> float:
-    """Modelled harm of a shape."""
+#: Harms of single sizes, by block, dimension and size.
+Known = dict[tuple[int, Dimension, int], float]
+
+
+def total(harm: HarmModel, shape: ViTShape, known: Known | None = None) -> float:
+    """Modelled harm of a shape.
+
+    Args:
+        known: remembers single harms for shapes that have most sizes in common.
+    """
+    known = {} if known is None else known
+
+    def at(i: int, dimension: Dimension, size: int) -> float:
+        key = (i, dimension, size)
+        if key not in known:
+            known[key] = float(harm.table(i, dimension, np.array([size]))[0])
+        return known[key]
+
     result = 0.0
     for i, block in enumerate(shape.blocks):
         for dimension in ("qk", "v", "neurons", "heads"):
-            size = np.array([getattr(block, FIELDS[dimension])])
-            result += float(harm.table(i, dimension, size)[0])
-        ends = np.array([block.num_tokens_in, block.num_tokens_out])
-        before, after = harm.table(i, "tokens", ends)
-        result += float(after - before)
+            result += at(i, dimension, getattr(block, FIELDS[dimension]))
+        result += at(i, "tokens", block.num_tokens_out) - at(i, "tokens", block.num_tokens_in)
     return result
