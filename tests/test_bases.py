@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import build, images
-from test_surgery import KINDS
+from test_surgery import KINDS, dense
 from vitailor.bases import rotate
 from vitailor.calibrate import dense_sweep
 from vitailor.criteria import magnitude
@@ -20,8 +20,7 @@ from vitailor.surgery import apply
 
 def rotated(kind: str = "plain", calibration: int = 8):
     """A model, the same rotated, and the moments of each."""
-    name, overrides = KINDS[kind]
-    model = build(name, num_heads=4, **overrides).double()
+    model = dense(kind)
     moments = dense_sweep(model, [images(model, calibration)])
     return model, moments, *rotate(model, moments)
 
@@ -44,8 +43,7 @@ def test_outputs_stay(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_input_and_its_moments_are_untouched(kind):
-    name, overrides = KINDS[kind]
-    model = build(name, num_heads=4, **overrides).double()
+    model = dense(kind)
     moments = dense_sweep(model, [images(model, 4)])
     weights, found = copy.deepcopy(model.state_dict()), copy.deepcopy(moments)
     rotate(model, moments)

@@ -182,7 +182,6 @@ def compress(
         setup.check_folder(output, overwrite or (resume and begun))
     if images is not None and images < 1:
         raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
-    setup.check_file("--class-map", class_map)
     for data in (calibrate, evaluate, train):
         if data is not None:
             setup.check_data(data)
@@ -204,6 +203,7 @@ def compress(
         raise UsageError(
             "--class-map goes with --evaluate or --train.", "Leave it out, or pass one of them."
         )
+    setup.check_file("--class-map", class_map)
     if calibrate is None and made.needs_images:
         raise UsageError(f"{method} needs images.", "Name some with --calibrate.")
 
