@@ -69,6 +69,29 @@ def plain(model: nn.Module, images: ImageSet, config: TrainConfig) -> float:
     return len(images) / (time.perf_counter() - started)
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "## Training throughput",
+        "",
+        "Images per second of `vitailor train` and of a loop written by hand with timm's parts, in turns; everything",
+        "around the loop counts. Made by `python benchmarks/train_throughput.py`.",
+        "",
+        "| model | precision | images a round | where | vitailor | plain loop | ratio, median of rounds | least, most |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        known, speed = row["conditions"], row["images_per_s"]
+        where = f"{known['hardware']}, {known['threads']} threads, {known['date'][:10]}"
+        lines.append(
+            f"| {row['model']} | {row['precision'].replace('no', 'float32')} | {row['images']} | {where} | "
+            f"{speed['vitailor']:.1f} | {speed['plain timm loop']:.1f} | {row['ratio']:.2f} | "
+            f"{min(row['ratios']):.2f}, {max(row['ratios']):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="a folder with one subfolder a class")

@@ -12,6 +12,7 @@ import dependence
 import fine_tuning
 import hybrid_claim
 import policy_search
+import train_throughput
 import training_free
 import vtp_cifar10
 
@@ -25,6 +26,7 @@ def main() -> None:
         decomposition.page(training_free.read(LOGS / "decomposition.jsonl")),
         hybrid_claim.page(training_free.read(LOGS / "hybrid_claim.jsonl")),
         policy_search.page(training_free.read(LOGS / "policy_search.jsonl")),
+        train_throughput.page(training_free.read(LOGS / "train_throughput.jsonl")),
         dependence.page(training_free.read(LOGS / "dependence.jsonl")),
         vtp_cifar10.page(training_free.read(LOGS / "vtp_cifar10.jsonl")),
     )
