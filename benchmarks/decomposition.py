@@ -1,6 +1,6 @@
 """Every decomposition of the projections, plain and activation-aware, on a real model; and the hybrid.
 
-    python benchmarks/decomposition.py --data ../shared/data --after ../work/vtp
+    python benchmarks/decomposition.py --data ../shared/data --after pruned/
     python benchmarks/decomposition.py --part vit_base_patch16_224  # what it takes
 
 Each row is appended to the log when it is done and not measured again. `--after` names an artifact that

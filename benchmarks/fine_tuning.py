@@ -1,6 +1,6 @@
 """Compression with a little training on a real model: at most four epochs in all.
 
-    python benchmarks/fine_tuning.py --data ../shared/data --work ../work
+    python benchmarks/fine_tuning.py --data ../shared/data --work ../runs
 
 Each row is appended to the log when it is done and not measured again; training is resumed from its
 checkpoints in the work folder, so a run that is cut off goes on where it stopped.

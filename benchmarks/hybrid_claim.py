@@ -1,7 +1,7 @@
 """The hybrid's claim with equal training: pruning alone at 44% compression against the hybrid at 50%.
 
-    python benchmarks/hybrid_claim.py --data ../shared/data --work ../work                # CIFAR-10, three seeds
-    python benchmarks/hybrid_claim.py --data ../shared/data --work ../work --part tiny   # Tiny-ImageNet, one seed
+    python benchmarks/hybrid_claim.py --data ../shared/data --work ../runs                # CIFAR-10, three seeds
+    python benchmarks/hybrid_claim.py --data ../shared/data --work ../runs --part tiny   # Tiny-ImageNet, one seed
 
 Compression is of parameters. Both learn gates and are fine-tuned for the same epochs with the same settings. The
 dense models on CIFAR-10 are those of `vtp_cifar10.py`, trained here if the work folder does not hold them. Rows are
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from training_free import append, read
-from vtp_cifar10 import PREPROCESSING, SEEDS, T
+from vtp_cifar10 import PREPROCESSING, SEEDS, mean
 from vtp_cifar10 import Bench as Cifar
 
 import vitailor as vt
@@ -157,17 +157,9 @@ def page(rows: list[dict]) -> str:
                 for row in here
             ]
             cells = [name, method, f"{kept[0]:.3f}", f"{kept[1]:.3f}"]
-            cells += [interval([row["top1"] for row in here], ""), interval(more, "%")]
+            cells += [mean([row["top1"] for row in here]), mean(more, "%")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def interval(values: list[float], unit: str) -> str:
-    middle = statistics.mean(values)
-    if len(values) < 2:
-        return f"{middle:.2f}{unit} (one seed)"
-    half = T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{middle:.2f}{unit} ± {half:.2f}"
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """Gaussian-process search against random search, the uniform policy and closed-form's own allocation.
 
-    python benchmarks/policy_search.py --data ../shared/data --work ../work
+    python benchmarks/policy_search.py --data ../shared/data --work ../runs
 
 On the ViT-Ti/16 for Tiny-ImageNet at half of the MACs, training-free, 40 candidates, three seeds, with and without
 compensation. Rewards are on training images; validation images are used once, for the figures. Each row is appended
 to the log when it is done and not measured again, and searches go on from their journals.
 
-    python benchmarks/policy_search.py --part workers --work ../work
+    python benchmarks/policy_search.py --part workers --work ../runs
 
 times one worker, two workers that share a study, and one worker with two threads.
 """
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -206,21 +207,21 @@ def rate(storage: Path) -> float:
     (name,) = optuna.get_all_study_names(place)
     trials = optuna.load_study(study_name=name, storage=place).trials
     done = [trial for trial in trials if trial.datetime_complete is not None]
-    begun = max(first_by_worker(done))
+    begun = all_at_work(done)
     ends = [trial.datetime_complete for trial in done]
     within = [end for end in ends if end > begun]
     return 60 * len(within) / (max(ends) - begun).total_seconds()
 
 
-def first_by_worker(trials) -> list:
-    """When the last worker came: the first trial that overlaps another, or else the first of all."""
+def all_at_work(trials) -> datetime:
+    """When the second worker came: with the first trial that overlaps another; or the first of all."""
     trials = sorted(trials, key=lambda trial: trial.datetime_start)
     later = [
         trial.datetime_start
         for before, trial in pairwise(trials)
         if trial.datetime_start < before.datetime_complete
     ]
-    return [later[0] if later else trials[0].datetime_start]
+    return later[0] if later else trials[0].datetime_start
 
 
 # -- the page ------------------------------------------------------------------------------------

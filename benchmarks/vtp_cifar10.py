@@ -1,6 +1,6 @@
 """Vision Transformer Pruning from scratch on CIFAR-10: three seeds, three rates.
 
-    python benchmarks/vtp_cifar10.py --data ../shared/data/cifar10 --work ../work
+    python benchmarks/vtp_cifar10.py --data ../shared/data/cifar10 --work ../runs
 
 For each seed a Vision Transformer is trained, its gates are trained sparse, and at each rate the pruned
 model is evaluated as it is, after fine-tuning on labels, and after fine-tuning from the dense model. Rows
@@ -255,14 +255,15 @@ def where_it_falls(rows: list[dict]) -> list[str]:
     return lines
 
 
-def mean(values: list[float]) -> str:
+def mean(values: list[float], unit: str = "") -> str:
+    """The mean with the half of its 95% interval, where there are several values."""
     if not values:
         return ""
     middle = statistics.mean(values)
     if len(values) < 2:
-        return f"{middle:.2f} (one seed)"
+        return f"{middle:.2f}{unit} (one seed)"
     half = T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{middle:.2f} ± {half:.2f}"
+    return f"{middle:.2f}{unit} ± {half:.2f}"
 
 
 def main() -> None:

@@ -98,16 +98,18 @@ class Simulator:
         blocks = [self._block(i, self.dense.blocks[i]) for i in range(self.dense.depth)]
         with torch.inference_mode():
             for batch in batches:
-                state = tokens.start(self.host.embed(model, images_of(batch).to(device)))
-                states = [state]
-                for i, block in enumerate(blocks):
-                    state = self._step(block, state, self.dense, i)
-                    if any_start:
-                        states.append(state)
-                self._states.append(states)
-                own_outputs = self.host.finish(model, tokens.unmerge(state))
                 x = images_of(batch).to(device)
-                self._truth.append(own_outputs if reference is None else reference(x))
+                state = tokens.start(self.host.embed(model, x))
+                states = [state]
+                if any_start or reference is None:
+                    for i, block in enumerate(blocks):
+                        state = self._step(block, state, self.dense, i)
+                        states.append(state)
+                self._states.append(states if any_start else states[:1])
+                if reference is None:
+                    self._truth.append(self.host.finish(model, tokens.unmerge(state)))
+                else:
+                    self._truth.append(reference(x))
                 if isinstance(batch, tuple | list):
                     self._labels.append(batch[1].to(device))
 

@@ -5,6 +5,7 @@ A closed world: every module of a block must be one this file accounts for, or i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar, cast
 
 import timm.layers
@@ -30,15 +31,16 @@ M = TypeVar("M", bound=nn.Module)
 BLOCK_CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
-class BlockHost:
+class BlockHost(ABC):
     """The part of a host that is about blocks, for models that keep them in `blocks`."""
 
     name: str
 
+    @abstractmethod
     def num_tokens(self, model: nn.Module) -> int:
         """Tokens entering the first block, prefix included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def require_static_size(self, model: nn.Module) -> None:
         """Refuse a model whose number of tokens may change from one image to the next."""
 

@@ -67,6 +67,9 @@ class T2T(BlockHost):
         host = cast(T2TViT, model)
         return host.num_patches + host.num_prefix_tokens
 
+    def require_static_size(self, model: nn.Module) -> None:
+        """It always is: positions are for one number of tokens."""
+
     # -- building --------------------------------------------------------------------------------
 
     def skeleton(self, shape: ViTShape) -> nn.Module:

@@ -144,7 +144,7 @@ class MultiDim(Method):
             "trials": 200,
             "initial": 100,
             "reward": "accuracy",
-            "sharing": TrainConfig(alpha=0.0),
+            "sharing": TrainConfig(),
             "training": TrainConfig(distill="soft", alpha=0.5),
         }
         return cls(**(fields | changes))
