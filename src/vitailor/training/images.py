@@ -56,7 +56,7 @@ class Augmentation(Preprocessing):
                 scale=self.scale or (1.0, 1.0),
                 ratio=(3 / 4, 4 / 3) if self.scale else (1.0, 1.0),
                 hflip=0.0,
-                color_jitter=0.0,
+                color_jitter=None,  # type: ignore[arg-type]  # at 0 there would be one, drawing numbers
                 auto_augment=self.rand_augment,
                 interpolation=self.interpolation,
                 mean=self.mean,
@@ -72,7 +72,10 @@ def reseed(*key: int) -> None:
     word = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)  # noqa: NPY002 - timm draws from the global generator
-    torch.manual_seed(word)
+    if torch.cuda.is_initialized():
+        torch.manual_seed(word)
+    else:  # otherwise every call is kept, with its traceback, for a GPU that is not there
+        torch.default_generator.manual_seed(word)
 
 
 class Seeded(Dataset[tuple[Tensor, int, int]]):
