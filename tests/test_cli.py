@@ -19,7 +19,7 @@ from vitailor import __version__
 from vitailor.artifact import load, save
 from vitailor.budget import Budget
 from vitailor.cli import main
-from vitailor.cli.compress import make_budget
+from vitailor.cli.budgets import make_budget
 from vitailor.cli.options import amount
 from vitailor.cli.settings import make_config, parse_sets, read_config
 from vitailor.errors import UsageError

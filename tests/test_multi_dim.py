@@ -140,7 +140,7 @@ def test_nothing_is_calibrated_on_what_candidates_are_judged_on(monkeypatch, tmp
 
 
 def test_batches_are_never_too_small_to_tell(monkeypatch):
-    monkeypatch.setattr("vitailor.methods.multi_dim.BATCH", 4)
+    monkeypatch.setattr("vitailor.methods.ranking.BATCH", 4)
     assert found(
         trials=1, reward_images=17
     ).trials  # 13 are left: not three batches of 4 and one of 1

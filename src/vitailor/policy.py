@@ -98,6 +98,24 @@ def _fusing(shape: ViTShape, dense: ViTShape, ratios: Sequence[float]) -> ViTSha
     return shape.with_blocks((*blocks, *shape.blocks[len(blocks) :]))
 
 
+def sized(dense: ViTShape, sizes: Mapping[str, Sequence[int]], fused: bool) -> ViTShape:
+    """The shape with these sizes, by field of its blocks; no block has more tokens than arrive or than it had.
+
+    Args:
+        fused: whether tokens that go are fused rather than merged.
+    """
+    blocks, tokens = [], dense.num_tokens
+    for i, block in enumerate(dense.blocks):
+        own = {name: values[i] for name, values in sizes.items()}
+        left = min(own.get("num_tokens_out", block.num_tokens_out), tokens)
+        more = left < min(tokens, block.num_tokens_out)
+        own |= {"num_tokens_in": tokens, "num_tokens_out": left}
+        fuses = (block.fuses or (fused and more)) and left < tokens
+        blocks.append(block.model_copy(update={**own, "fuses": fuses}))
+        tokens = left
+    return dense.with_blocks(tuple(blocks))
+
+
 def _kept(
     shape: ViTShape,
     i: int,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -12,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..budget import Budget
 from ..errors import UsageError
+from . import budgets as b
 from . import options as o
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..data import ImageSet
     from ..methods import Method
-    from ..preprocessing import Preprocessing
     from ..shape import ViTShape
 
 EXAMPLE = o.example(
@@ -32,8 +29,6 @@ EXAMPLE = o.example(
     "vitailor compress vit_tiny_patch16_224 --method vtp --keep 0.6 --train photos/train --epochs 5 "
     "-o pruned/",
 )
-IMAGES = 512
-_BUDGET = "Budget (exactly one)"
 
 
 def compress(
@@ -51,42 +46,10 @@ def compress(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write the result to."),
     ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep",
-            metavar="F",
-            help="Fraction of the MACs to keep; 1.0 changes nothing.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    macs: Annotated[
-        str | None,
-        typer.Option(
-            "--macs",
-            metavar="N",
-            help="MACs: 750M, 1.2G, or a fraction.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(
-            "--params",
-            metavar="N",
-            help="Parameters: 22M, or a fraction.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    latency_ms: Annotated[
-        float | None,
-        typer.Option(
-            "--latency-ms",
-            metavar="MS",
-            help="Milliseconds on this device.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
+    keep: b.Keep = None,
+    macs: b.Macs = None,
+    params: b.Params = None,
+    latency_ms: b.LatencyMs = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -134,24 +97,8 @@ def compress(
     overwrite: o.Overwrite = False,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            "--images",
-            metavar="N",
-            help="Calibration images, drawn by seed; 512, or all if fewer.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="DATA",
-            help="Labeled images to measure top-1 on, before and after.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
+    images: o.CalibrationImages = None,
+    evaluate: o.Evaluate = None,
     class_map: o.ClassMap = None,
     input_size: o.InputSize = None,
     crop_pct: o.CropPct = None,
@@ -165,7 +112,7 @@ def compress(
 ) -> None:
     """Cut a model to a budget and write it as a folder that evaluate, bench and load take."""
     # Everything cheap first: a typing error must not cost a download or a calibration.
-    budget = make_budget(keep, macs, params, latency_ms)
+    budget = b.make_budget(keep, macs, params, latency_ms)
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
@@ -180,8 +127,7 @@ def compress(
     resume = resume or (stage not in (None, "sparse") and begun)
     if output is not None and not dry_run and is_first_process():
         setup.check_folder(output, overwrite or (resume and begun))
-    if images is not None and images < 1:
-        raise UsageError(f"--images {images} is not positive.", "Give 1 or more.")
+    setup.check_positive("--images", images)
     for data in (calibrate, evaluate, train):
         if data is not None:
             setup.check_data(data)
@@ -240,7 +186,7 @@ def compress(
     }
     if calibrate is not None:
         classes = dense.num_classes or None if made.needs_labels else None
-        common["data"] = open_calibration(
+        common["data"] = setup.open_calibration(
             calibrate, preprocessing, images, seed, classes, class_map
         )
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
@@ -365,67 +311,6 @@ def _draw_costs(out: Console, costs: dict[str, Any]) -> None:
         out.print(
             f"{label:<7} {count(before)} > [bold]{count(after)}[/bold]  ({after / before:.1%} kept)"
         )
-
-
-def open_calibration(
-    data: str,
-    preprocessing: Preprocessing,
-    images: int | None,
-    seed: int,
-    num_classes: int | None = None,
-    class_map: Path | None = None,
-) -> ImageSet:
-    """The calibration images: as many as asked for, else 512 or all if there are fewer.
-
-    Args:
-        num_classes: of the model, where labels are read; `class_map` is then theirs.
-    """
-    from ..data import open_images
-    from ..data.timm_datasets import PREFIXES
-
-    if images is None and data.startswith(PREFIXES):
-        images = IMAGES  # such sets are large, and some can only be read from the start
-    found = open_images(
-        data,
-        preprocessing,
-        images=images,
-        seed=seed,
-        split="train",
-        num_classes=num_classes,
-        class_map=class_map if num_classes is not None else None,
-    )
-    return found if len(found) <= IMAGES or images is not None else found.draw(IMAGES, seed)
-
-
-def make_budget(
-    keep: float | None, macs: str | None, params: str | None, latency_ms: float | None
-) -> Budget:
-    """The budget that the options ask for.
-
-    Raises:
-        UsageError: unless exactly one is given and it is in range.
-    """
-    options = {"--keep": keep, "--macs": macs, "--params": params, "--latency-ms": latency_ms}
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) != 1:
-        raise UsageError(
-            f"Exactly one budget is needed, got {' and '.join(given) or 'none'}.",
-            "Give one of --keep 0.6, --macs 750M, --params 0.5, --latency-ms 5.",
-        )
-    if keep is not None:
-        if not 0 < keep <= 1:
-            raise UsageError(
-                f"--keep {keep:g} is not a fraction in (0, 1].",
-                "Write for example --keep 0.6; --macs takes an absolute number.",
-            )
-        return Budget(macs=keep)
-    if macs is not None:
-        return Budget(macs=o.amount("--macs", macs))
-    if params is not None:
-        return Budget(params=o.amount("--params", params))
-    if latency_ms is None or not 0 < latency_ms < inf:
-        raise UsageError(f"--latency-ms {latency_ms:g} is no time.", "Give milliseconds.")
-    return Budget(latency_ms=latency_ms)
 
 
 def register(app: typer.Typer) -> None:

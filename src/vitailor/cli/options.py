@@ -97,6 +97,24 @@ Images = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+CalibrationImages = Annotated[
+    int | None,
+    typer.Option(
+        "--images",
+        metavar="N",
+        help="Calibration images, drawn by seed; 512, or all if fewer.",
+        rich_help_panel=_IMAGES,
+    ),
+]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="DATA",
+        help="Labeled images to measure top-1 on, before and after.",
+        rich_help_panel=_IMAGES,
+    ),
+]
 ClassMap = Annotated[
     Path | None,
     typer.Option(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from . import budgets as b
 from . import options as o
-from .compress import make_budget, open_calibration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ EXAMPLE = o.example(
 HISTORY = "trials.jsonl"
 #: What was asked for, beside the journal.
 REQUEST = "search.json"
-_BUDGET, _SEARCH = "Budget (exactly one)", "Search"
+_SEARCH = "Search"
 
 
 def search(
@@ -49,30 +49,9 @@ def search(
             show_default=False,
         ),
     ],
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep", metavar="F", help="Fraction of the MACs to keep.", rich_help_panel=_BUDGET
-        ),
-    ] = None,
-    macs: Annotated[
-        str | None,
-        typer.Option(
-            "--macs",
-            metavar="N",
-            help="MACs: 750M, 1.2G, or a fraction.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
-    params: Annotated[
-        str | None,
-        typer.Option(
-            "--params",
-            metavar="N",
-            help="Parameters: 22M, or a fraction.",
-            rich_help_panel=_BUDGET,
-        ),
-    ] = None,
+    keep: b.Keep = None,
+    macs: b.Macs = None,
+    params: b.Params = None,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -115,25 +94,8 @@ def search(
             rich_help_panel="Images",
         ),
     ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            "--images",
-            metavar="N",
-            min=1,
-            help="Calibration images, drawn by seed; 512, or all if fewer.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--evaluate",
-            metavar="DATA",
-            help="Labeled images to measure top-1 on, before and after.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
+    images: o.CalibrationImages = None,
+    evaluate: o.Evaluate = None,
     class_map: o.ClassMap = None,
     settings: o.Settings = None,
     config: o.Config = None,
@@ -155,7 +117,7 @@ def search(
     The method is multi-dim, with its settings by --set; nothing is trained. A search that was cut off goes on
     where it stopped; workers with one --storage, each with a folder of its own, share its candidates.
     """
-    budget = make_budget(keep, macs, params, None)
+    budget = b.make_budget(keep, macs, params, None)
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
@@ -187,6 +149,7 @@ def search(
     if is_first_process():
         setup.check_folder(output, overwrite or begun)
     setup.check_file("--class-map", class_map)
+    setup.check_positive("--images", images)
     for data in (calibrate, reward, evaluate):
         if data is not None:
             setup.check_data(data)
@@ -225,7 +188,7 @@ def search(
             opened.model,
             budget,
             method=made,
-            data=open_calibration(
+            data=setup.open_calibration(
                 calibrate,
                 preprocessing,
                 images,

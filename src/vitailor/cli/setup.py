@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from ..errors import ArtifactError, DataError, UsageError
 
 if TYPE_CHECKING:
+    from ..data import ImageSet
     from ..models import OpenedModel
+    from ..preprocessing import Preprocessing
+
+#: Calibration images, where their number is not given.
+IMAGES = 512
 
 
 def check_data(data: str) -> None:
@@ -35,6 +40,16 @@ def check_file(option: str, path: Path | None) -> None:
     """
     if path is not None and not path.is_file():
         raise DataError(f"{option} {path} is not a file.", "Check the path.")
+
+
+def check_positive(option: str, number: int | None) -> None:
+    """Refuse a count that is not one.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if number is not None and number < 1:
+        raise UsageError(f"{option} {number} is not positive.", "Give 1 or more.")
 
 
 def check_folder(path: Path, overwrite: bool) -> None:
@@ -104,6 +119,35 @@ def open_model(
     from ..models import open_model as open_
 
     check_file("--weights", weights)
-    if num_classes is not None and num_classes < 1:
-        raise UsageError(f"--num-classes {num_classes} is not positive.", "Give 1 or more.")
+    check_positive("--num-classes", num_classes)
     return open_(spec, weights=weights, num_classes=num_classes, pretrained=pretrained)
+
+
+def open_calibration(
+    data: str,
+    preprocessing: Preprocessing,
+    images: int | None,
+    seed: int,
+    num_classes: int | None = None,
+    class_map: Path | None = None,
+) -> ImageSet:
+    """The calibration images: as many as asked for, else 512 or all if there are fewer.
+
+    Args:
+        num_classes: of the model, where labels are read; `class_map` is then theirs.
+    """
+    from ..data import open_images
+    from ..data.timm_datasets import PREFIXES
+
+    if images is None and data.startswith(PREFIXES):
+        images = IMAGES  # such sets are large, and some can only be read from the start
+    found = open_images(
+        data,
+        preprocessing,
+        images=images,
+        seed=seed,
+        split="train",
+        num_classes=num_classes,
+        class_map=class_map if num_classes is not None else None,
+    )
+    return found if len(found) <= IMAGES or images is not None else found.draw(IMAGES, seed)

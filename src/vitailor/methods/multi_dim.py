@@ -22,46 +22,36 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from pydantic import Field
 from torch import nn
 
-from .. import dependence
 from ..allocate import require_reachable
 from ..budget import Budget
-from ..calibrate import Batches, dense_sweep
-from ..criteria import Order
+from ..calibrate import dense_sweep
 from ..data import ImageSet
 from ..dependence import BANDWIDTHS, REDUNDANCY, RELEVANCE, Estimator
 from ..errors import UsageError
-from ..harm import measure
-from ..harm_space import HarmSpace
 from ..orders import plan_for
 from ..plan import Plan
-from ..policy import Space, token_blocks
+from ..policy import Space, sized, token_blocks
 from ..provenance import weights_hash
 from ..reconstruct import cut
-from ..shape import BlockShape, Matching, ViTShape, revise
-from ..sharing import resize, share, unshare
-from ..simulate import Simulator
-from ..sizes import FIELDS, Dimension, Steps
-from ..studies import Finished, Result, Sampler, search
+from ..shape import Matching, ViTShape, revise
+from ..sizes import Dimension, Steps
+from ..studies import Sampler
 from ..surgery import apply
-from ..training import TrainConfig, fit
-from . import stages
+from ..training import TrainConfig
+from . import candidates, ranking, stages
 from .base import Method, Outcome, Task, keeps_all, with_matching
-from .closed_form import MATCH_SHARE, ClosedForm, Sorted
-from .judging import fingerprint, split, without
+from .candidates import Reward, Rules, Study, harm_space
+from .closed_form import MATCH_SHARE, Sorted
+from .judging import fingerprint, split
+from .weight_sharing import share_weights
 
 #: Rules by which tokens go: selection with a fused token, as published, or merging.
 TokenRule = Literal["fuse", "fuse-dependence"] | Matching
-#: Dependence is estimated within batches of so many images, as published.
-BATCH = 128
 #: A study's journal in the folder for checkpoints.
 JOURNAL = "search.journal"
-#: Images on which single cuts are measured.
-HARM_IMAGES = 64
 #: Settings that decide nothing before the search.
 OF_SEARCH = {"trials", "initial", "sampler", "reward", "space", "storage", "training"}
 #: Dimensions that weights can be shared over.
@@ -126,7 +116,7 @@ class MultiDim(Method):
     trials: Annotated[int, Field(ge=1)] = 40
     initial: Annotated[int, Field(ge=0)] | None = None
     sampler: Sampler = "gp"
-    reward: Literal["divergence", "accuracy"] = "divergence"
+    reward: Reward = "divergence"
     reward_images: Annotated[int, Field(ge=1)] | None = None
     storage: str | None = None
     sharing: TrainConfig | None = None
@@ -208,7 +198,7 @@ class MultiDim(Method):
                 f"Weights cannot be shared over {' and '.join(sorted(beyond))}.",
                 f"Cut {', '.join(SHARED)} alone, or leave sharing out.",
             )
-        if self.space == "harm" and "tokens" in self.dimensions and self.tokens.startswith("fuse"):
+        if self.space == "harm" and "tokens" in self.dimensions and self._fuses:
             raise UsageError(
                 "The harm of fused tokens is not measured.", "Merge them (tokens=attention)."
             )
@@ -222,220 +212,96 @@ class MultiDim(Method):
     def plan(self, task: Task) -> Plan:
         if keeps_all(task.budget, task.shape):
             return Plan.identity(task.shape)
-        return self._found(task)[1]
+        return self._found(*self._split(task))[1]
 
     def run(self, task: Task) -> Outcome:
         if keeps_all(task.budget, task.shape):
             return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
+        seeing, judged = self._split(task)
         if self.training is None:
-            return self._cut(task)
-        calibration, judged = split(task, self.reward_images)
-        seeing = _images(task, calibration)
+            return self._cut(seeing, judged)
         identity = self._identity(seeing, judged, {"training", "storage"})
-        made = stages.settled(task, self.training, identity, lambda: self._cut(task))
-        tuned = stages.finetune(task, self.training, made.model, identity)
+        made = stages.settled(seeing, self.training, identity, lambda: self._cut(seeing, judged))
+        tuned = stages.finetune(seeing, self.training, made.model, identity)
         return replace(made, facts={**made.facts, "finetune": tuned})
 
-    def _cut(self, task: Task) -> Outcome:
+    def _split(self, task: Task) -> tuple[Task, ImageSet]:
+        """The task with the images to calibrate on, and those that candidates are judged by."""
+        calibration, judged = split(task, self.reward_images)
+        return replace(task, data=calibration), judged
+
+    def _cut(self, task: Task, judged: ImageSet) -> Outcome:
         """Everything before fine-tuning."""
-        model, plan, facts = self._found(task)
+        model, plan, facts = self._found(task, judged)
         if self.compensation:
-            small = cut(
-                model,
-                plan,
-                _images(task, split(task, self.reward_images)[0]).batches(),
-                self.ridge,
-                task.model,
-            )
+            small = cut(model, plan, task.batches(), self.ridge, task.model)
         else:
             small = apply(model, plan)
         return Outcome(small, plan, facts)
 
-    # -- 1. ranking ------------------------------------------------------------------------------
-
-    def _found(self, task: Task) -> tuple[nn.Module, Plan, dict[str, Any]]:
+    def _found(self, task: Task, judged: ImageSet) -> tuple[nn.Module, Plan, dict[str, Any]]:
         """The model to cut, the best plan, and what the search saw."""
-        calibration, judged = split(task, self.reward_images)
-        seeing = _images(task, calibration)
-        ready = self._ranked(seeing)
+        ready = self._ranked(task)
         facts: dict[str, Any] = {}
         if self.sharing is not None:
-            model, facts["sharing"] = self._shared(seeing, judged, ready)
+            model, facts["sharing"] = self._shared(task, judged, ready)
             # The shared weights have moments of their own; their units keep their ranks.
-            moments = dense_sweep(model, seeing.batches()) if self.compensation else []
+            moments = dense_sweep(model, task.batches()) if self.compensation else []
             ready = replace(ready, model=model, moments=moments)
-        best, trials = self._search(seeing, judged, ready)
-        return ready.model, plan_for(task.shape, best, ready.orders), facts | trials
+        best, seen = self._searched(task, judged, ready)
+        return ready.model, plan_for(task.shape, best, ready.orders), facts | seen
+
+    # -- the stages ------------------------------------------------------------------------------
 
     def _ranked(self, task: Task) -> Sorted:
-        """The model, in bases in which dims of heads can be cut, with moments and orders of its units."""
-        if self._sweeps:
-            found = ClosedForm(ridge=self.ridge).sort(task)
-        else:
-            found = Sorted(task.model, [], [_as_they_are(block) for block in task.shape.blocks])
-        weighs = self.tokens == "fuse-dependence"
-        if self.criterion == "output_error" and not weighs:
+        found = ranking.by_output_error(task, self.ridge if self._sweeps else None)
+        units, places = self.criterion == "dependence", self.tokens == "fuse-dependence"
+        if not units and not places:
             return found
-        assert task.data is not None
-        # Batches of nearly equal size: a small last one could not tell.
-        count = max(1, len(task.data) // BATCH)
-        scores = dependence.score(
-            task.model,
-            task.batches(size=-(-len(task.data) // count)),
+        return ranking.by_dependence(
+            found,
+            task,
+            units=units,
+            places=places,
             bandwidths=self.bandwidths,
             estimator=self.estimator,
-            redundancy_weight=self.redundancy,
-            tokens=weighs,
+            redundancy=self.redundancy,
+            relevance=self.relevance,
         )
-        pairs = zip(found.orders, scores, strict=True)
-        orders = [replace(order, token_weights=own.tokens) for order, own in pairs]
-        if self.criterion == "dependence":
-            orders = [
-                replace(
-                    order,
-                    heads=own.heads.argsort(descending=True, stable=True),
-                    neurons=own.neurons(self.relevance).argsort(descending=True, stable=True),
-                )
-                for order, own in zip(orders, scores, strict=True)
-            ]
-        return replace(found, orders=orders)
-
-    # -- 2. weight sharing -----------------------------------------------------------------------
 
     def _shared(
         self, task: Task, judged: ImageSet, ready: Sorted
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The model with weights trained at policies drawn evenly, one for each update."""
         assert self.sharing is not None
-        metric, limit = task.budget.metric, task.budget.limit(task.shape)
-        space = self._space(task.shape, metric)
-        names = space.names
-        config = stages.seeded(self.sharing, task)
+        space = self._space(task.shape, task.budget.metric)
+        identity = self._identity(task, judged, OF_SEARCH)
+        return share_weights(task, self.sharing, judged, ready, space, identity)
 
-        def drawn(step: int) -> ViTShape:
-            values = np.random.default_rng((config.seed, step)).random(len(names))
-            return space.on_budget(dict(zip(names, values.tolist(), strict=True)), metric, limit)
-
-        cuts_tokens = "tokens" in space.dimensions
-        places = [block - 1 for block in space.token_blocks] if cuts_tokens else []
-        shared = share(ready.model, space.dense, ready.orders, places)
-        found = fit(
-            shared,
-            config,
-            without(stages.images(task), judged),
-            teacher=task.taught_by,
-            folder=stages.folder(task, "sharing"),
-            resume=task.resume,
-            before_update=lambda one, step: resize(one, drawn(step), ready.orders),
-            identity=self._identity(task, judged, OF_SEARCH),
-            on_event=stages.told(task, "weight sharing"),
-            device=task.device,
-        )
-        return unshare(shared, ready.model), {
-            "losses": found.losses,
-            "images_per_s": found.images_per_s,
-        }
-
-    # -- 3. search -------------------------------------------------------------------------------
-
-    def _search(
+    def _searched(
         self, task: Task, judged: ImageSet, ready: Sorted
     ) -> tuple[ViTShape, dict[str, Any]]:
-        metric, limit = task.budget.metric, task.budget.limit(task.shape)
+        """The sizes of the best candidate."""
+        shape, metric = self._merging(task.shape), task.budget.metric
+        rules = Rules(
+            shape, self._allowed(metric), self.ridge if self.compensation else None, self.reward
+        )
         space = (
             self._space(task.shape, metric)
             if self.space == "ratios"
-            else self._harms(task, ready, metric)
+            else harm_space(task, ready, rules, self._steps(task.shape))
         )
-        simulator = self._simulator(_images(task, judged).batches(), task, ready, whole=True)
-
-        def reward(direction: dict[str, float]) -> tuple[float, dict[str, Any]]:
-            shape = space.on_budget(direction, metric, limit)
-            value = (
-                simulator.accuracy(shape)
-                if self.reward == "accuracy"
-                else -simulator.trial(shape, 0).harm
-            )
-            sizes = {
-                FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks]
-                for d in self._allowed(metric)
-            }
-            return value, {"macs": shape.macs, "params": shape.params, "policy": sizes}
-
-        def tell(trial: Finished, so_far: Result) -> None:
-            task.progress(len(so_far.trials), self.trials)
-            if task.on_trial is not None:
-                task.on_trial(len(so_far.trials), self.trials, so_far.best.reward)
-
-        task.progress(0, self.trials)
-        result = search(
-            reward,
-            space.names,
-            trials=self.trials,
-            study=self._study(task, judged, ready.model),
-            storage=self.storage or _journal(task),
-            sampler=self.sampler,
-            seed=task.seed,
-            initial=self.initial,
-            first=space.first,
-            on_trial=tell,
+        study = Study(
+            self._study(task, judged, ready.model),
+            self.storage or _journal(task),
+            self.sampler,
+            self.trials,
+            self.initial,
         )
-        trials = [
-            {
-                "number": one.number,
-                "reward": one.reward,
-                **one.facts,
-                "seconds": round(one.seconds, 3),
-            }
-            for one in result.trials
-        ]
-        facts = {
-            "best": result.best.number,
-            "trials": trials,
-            "own_trials": len(result.own),
-            "overhead_seconds": round(result.overhead_seconds, 3),
-            "reward_images": len(judged),
-        }
-        # As they were judged: measured harms, if directions are weights on these, differ by machine.
-        return self._shape(task.shape, result.best.facts["policy"]), facts
+        sizes, seen = candidates.best(task, judged, ready, rules, space, study)
+        return sized(shape, sizes, self._fuses), seen
 
-    def _shape(self, dense: ViTShape, policy: dict[str, list[int]]) -> ViTShape:
-        """The shape of these sizes."""
-        rule, blocks = self._merging(dense), []
-        tokens = dense.num_tokens
-        for i, block in enumerate(rule.blocks):
-            sizes = {name: values[i] for name, values in policy.items()}
-            left = min(sizes.get("num_tokens_out", block.num_tokens_out), tokens)
-            more = left < min(tokens, block.num_tokens_out)
-            sizes |= {"num_tokens_in": tokens, "num_tokens_out": left}
-            fuses = block.fuses or (more and self.tokens.startswith("fuse"))
-            blocks.append(block.model_copy(update=sizes | {"fuses": fuses and left < tokens}))
-            tokens = left
-        return rule.with_blocks(tuple(blocks))
-
-    def _simulator(self, batches: Batches, task: Task, ready: Sorted, whole: bool) -> Simulator:
-        """Measures candidates, `whole`, or single cuts."""
-        rule = self._merging(task.shape)
-        return Simulator(
-            ready.model,
-            ready.moments,
-            ready.orders,
-            batches,
-            self.ridge if self.compensation else None,
-            rule.matching,
-            rule.match_features,
-            any_start=not whole,
-            reference=task.model,
-            weighs_tokens=rule.weighs_tokens,
-            remember=not whole,
-        )
-
-    def _harms(self, task: Task, ready: Sorted, metric: str) -> HarmSpace:
-        """Weights on what single cuts harm, measured on calibration images."""
-        single = self._simulator(task.batches(HARM_IMAGES), task, ready, whole=False)
-        steps = self._steps(task.shape)
-        dimensions = self._allowed(metric)
-        return HarmSpace(measure(single, dimensions, steps), dimensions, steps)
+    # -- what follows from the settings ----------------------------------------------------------
 
     def _study(self, task: Task, judged: ImageSet, model: nn.Module) -> str:
         """A name that only the same search has. Rotated weights follow from the model and the images but for
@@ -471,7 +337,7 @@ class MultiDim(Method):
             most=self.most,
             steps=self._steps(shape),
             nearest=self.round_to is None,
-            fused=self.tokens.startswith("fuse"),
+            fused=self._fuses,
         )
 
     def _steps(self, shape: ViTShape) -> Steps:
@@ -490,26 +356,14 @@ class MultiDim(Method):
         return revise(with_matching(shape, matching, compared), weighs_tokens=weighs)
 
     @property
+    def _fuses(self) -> bool:
+        return self.tokens.startswith("fuse")
+
+    @property
     def _sweeps(self) -> bool:
         """Whether moments of the calibration images are needed."""
         dims = {"qk", "v"} & set(self.dimensions)
         return self.compensation or bool(dims) or self.criterion == "output_error"
-
-
-def _as_they_are(block: BlockShape) -> Order:
-    """Units in their old order."""
-    heads, qk, v = block.num_heads, block.qk_dim, block.v_dim
-    return Order(
-        heads=torch.arange(heads),
-        qk_dims=torch.arange(qk).expand(heads, -1),
-        v_dims=torch.arange(v).expand(heads, -1),
-        neurons=torch.arange(block.mlp_dim),
-    )
-
-
-def _images(task: Task, images: ImageSet) -> Task:
-    """The task with these as its calibration images."""
-    return replace(task, data=images)
 
 
 def _journal(task: Task) -> Path | None:

@@ -1,0 +1,139 @@
+"""Candidates of a search: their sizes, how each is judged, and the best of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..calibrate import Batches
+from ..data import ImageSet
+from ..harm import measure
+from ..harm_space import HarmSpace
+from ..policy import Space
+from ..shape import ViTShape
+from ..simulate import Simulator
+from ..sizes import FIELDS, Dimension, Steps
+from ..studies import Finished, Result, Sampler, search
+from .base import Task
+from .closed_form import Sorted
+
+Reward = Literal["divergence", "accuracy"]
+#: Images on which single cuts are measured.
+HARM_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What all candidates have in common.
+
+    Attributes:
+        dense: the model's shape, with the rule by which tokens go.
+        dimensions: what they cut.
+        ridge: of compensation; None for none.
+        reward: what they are judged by.
+    """
+
+    dense: ViTShape
+    dimensions: tuple[Dimension, ...]
+    ridge: float | None
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where candidates are kept, how many there are and how they are chosen: see `studies.search`."""
+
+    name: str
+    storage: str | Path | None
+    sampler: Sampler
+    trials: int
+    initial: int | None
+
+
+def harm_space(task: Task, ready: Sorted, rules: Rules, steps: Steps) -> HarmSpace:
+    """Weights on what single cuts harm, measured on the task's calibration images."""
+    single = _simulator(task.batches(HARM_IMAGES), task, ready, rules, whole=False)
+    return HarmSpace(measure(single, rules.dimensions, steps), rules.dimensions, steps)
+
+
+def best(
+    task: Task,
+    judged: ImageSet,
+    ready: Sorted,
+    rules: Rules,
+    space: Space | HarmSpace,
+    study: Study,
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """The best candidate's sizes by field of the shape's blocks, and what the search saw.
+
+    Args:
+        judged: images by which candidates are judged.
+        ready: the model to cut, its moments and orders.
+        space: what is searched.
+    """
+    metric, limit = task.budget.metric, task.budget.limit(task.shape)
+    simulator = _simulator(replace(task, data=judged).batches(), task, ready, rules, whole=True)
+
+    def reward(direction: dict[str, float]) -> tuple[float, dict[str, Any]]:
+        shape = space.on_budget(direction, metric, limit)
+        value = (
+            simulator.accuracy(shape)
+            if rules.reward == "accuracy"
+            else -simulator.trial(shape, 0).harm
+        )
+        sizes = {FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks] for d in rules.dimensions}
+        return value, {"macs": shape.macs, "params": shape.params, "policy": sizes}
+
+    def tell(trial: Finished, so_far: Result) -> None:
+        task.progress(len(so_far.trials), study.trials)
+        if task.on_trial is not None:
+            task.on_trial(len(so_far.trials), study.trials, so_far.best.reward)
+
+    task.progress(0, study.trials)
+    found = search(
+        reward,
+        space.names,
+        trials=study.trials,
+        study=study.name,
+        storage=study.storage,
+        sampler=study.sampler,
+        seed=task.seed,
+        initial=study.initial,
+        first=space.first,
+        on_trial=tell,
+    )
+    # Sizes as they were judged: measured harms, if directions are weights on these, differ by machine.
+    return found.best.facts["policy"], {
+        "best": found.best.number,
+        "trials": [_told(trial) for trial in found.trials],
+        "own_trials": len(found.own),
+        "overhead_seconds": round(found.overhead_seconds, 3),
+        "reward_images": len(judged),
+    }
+
+
+def _told(trial: Finished) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "reward": trial.reward,
+        **trial.facts,
+        "seconds": round(trial.seconds, 3),
+    }
+
+
+def _simulator(batches: Batches, task: Task, ready: Sorted, rules: Rules, whole: bool) -> Simulator:
+    """Measures candidates, `whole`, or single cuts."""
+    return Simulator(
+        ready.model,
+        ready.moments,
+        ready.orders,
+        batches,
+        rules.ridge,
+        rules.dense.matching,
+        rules.dense.match_features,
+        any_start=not whole,
+        reference=task.model,
+        weighs_tokens=rules.dense.weighs_tokens,
+        remember=not whole,
+    )
