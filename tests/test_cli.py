@@ -708,6 +708,54 @@ def test_search(run, refused, artifact, tmp_path):
     assert "--class-map goes with" in refused(2, *mapped)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_search_goes_on(artifact, tmp_path):
+    """Nothing finished is lost or repeated, and the candidate that was being judged is judged again."""
+    out, journal = tmp_path / "out", tmp_path / "study.journal"
+    command = [sys.executable, "-m", "vitailor.cli", "search", artifact, "--keep", "0.7"]
+    command += ["--calibrate", "digits", "--images", "600", "--reward-images", "300"]
+    command += ["--trials", "10", "--storage", journal, "-o", out]
+    command += ["--set", "token_blocks=[2]", "--set", "stages=1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    dead = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while len(finished(journal)) < 3:
+        assert dead.poll() is None, "it was done before it could be killed"
+        time.sleep(0.05)
+    dead.kill()
+    dead.wait()
+    before = finished(journal)
+    lost = [trial for trial in trials_in(journal) if trial.state.name == "RUNNING"]
+    assert len(before) < 10
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    after = finished(journal)
+    assert len(after) == 10
+    assert before.items() <= after.items()
+    asked = [point for point, _ in after.values()]
+    assert len(set(asked)) == 10
+    assert all(asked.count(tuple(trial.params.items())) == 1 for trial in lost)
+    lines = (out / "trials.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["number"] for line in lines] == list(after)
+
+
+def finished(journal: Path) -> dict[int, tuple[tuple, float]]:
+    """Direction and reward of each finished candidate."""
+    done = [trial for trial in trials_in(journal) if trial.state.name == "COMPLETE"]
+    return {trial.number: (tuple(trial.params.items()), trial.value) for trial in done}
+
+
+def trials_in(journal: Path) -> list:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if not journal.exists():
+        return []
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    names = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=names[0], storage=storage).trials if names else []
+
+
 def test_settings_and_file_reach_the_method(run, start, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('allocation = "uniform"\ncompensation = true\n', "utf-8")
