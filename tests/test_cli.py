@@ -485,6 +485,8 @@ class Settings(BaseModel):
         ("name=true", "true"),
         ("name=", ""),
         ('dims=["qk"]', ("qk",)),
+        ("dims=qk", ("qk",)),
+        ("dims=v, qk", ("v", "qk")),
         ("limit=4", 4),
         ("limit=null", None),
         ("limit=None", None),
@@ -505,7 +507,7 @@ def test_settings_take_the_type_of_their_field(text, value):
         ("ratio=much", "ratio"),
         ("steps=1.5", "steps"),
         ("flag=perhaps", "flag"),
-        ("dims=qk", "dims"),
+        ("dims=[1]", "dims"),
     ],
 )
 def test_settings_that_do_not_fit(text, named):

@@ -456,3 +456,36 @@ def test_an_unlabeled_classless_model_takes_images_of_any_kind():
     model = make(num_classes=0)
     small = vt.compress(model, METHODS["default"], vt.Budget(macs=0.8), data=images(model, 8))
     assert shape_of(small).macs <= 0.8 * shape_of(model).macs
+
+
+def test_of_a_folder_few_images_are_drawn_and_of_anything_else_all_are_taken():
+    def seen(data: Any, **more: Any) -> int:
+        small = vt.compress(model, TokenMerge(), vt.Budget(macs=0.8), data=data, **more)
+        return small.vitailor.record["calibration"]["images"]
+
+    model = make()
+    assert seen("digits:train") == 512
+    assert seen("digits:train", images=40) == 40
+    assert seen([torch.randn(3, 32, 32) for _ in range(600)]) == 600
+    with pytest.raises(DataError, match="600"):
+        seen(data(model), images=600)
+
+
+def test_a_plan_over_the_budget_is_refused_before_anything_is_built():
+    """As its compression would be."""
+    model = make()
+    fixed = vt.LowRank(share=0.95, activation_aware=False)
+    for verb in (plan_only, vt.compress):
+        with pytest.raises(BudgetError, match="over the budget"):
+            verb(model, fixed, vt.Budget(macs=0.5))
+
+
+def test_a_compressed_model_is_traced_whole():
+    """`torch.export` gives a program that needs nothing of vitailor."""
+    model = make()
+    small = small_of("default", vt.Budget(macs=0.6), model)
+    assert shape_of(small).merges_tokens
+    x = images(model, 2)
+    program = torch.export.export(small, (x,))
+    with torch.inference_mode():
+        torch.testing.assert_close(program.module()(x), small(x), rtol=1e-5, atol=1e-6)

@@ -344,6 +344,11 @@ def test_labels_are_asked_for_where_they_are_read():
 
 
 def test_a_budget_that_is_met_leaves_nothing_to_search():
+    with pytest.raises(vt.UsageError, match="trials"):
+        vt.search(dense(), HALF, data=labeled(), method=vt.MultiDim(**SMALL), trials=0)
+    method = vt.MultiDim(**SMALL | {"trials": 9})
+    asked = vt.search(dense(), HALF, data=labeled(), method=method, trials=2, sampler="random")
+    assert len(asked.trials) == 2
     with pytest.raises(vt.UsageError, match="nothing to search"):
         found(budget=vt.Budget(macs=1.0))
     same = vt.compress(dense(), vt.MultiDim(**SMALL), vt.Budget(macs=1.0), data=labeled())

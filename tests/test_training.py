@@ -201,6 +201,16 @@ def test_gates_have_their_own_learning_rate_and_no_decay():
     torch.testing.assert_close(kept, before, atol=1e-6, rtol=0)
 
 
+def test_gates_are_a_hundred_times_as_fast_unless_told_otherwise():
+    moved = {}
+    for lr, gate_lr in ((1e-4, None), (1e-4, 1e-2), (1e-4, 1e-4)):
+        model = insert_gates(build())
+        fit(model, TrainConfig(**QUICK | {"lr": lr}, gate_lr=gate_lr), dataset())
+        moved[gate_lr] = torch.cat([gate.detach().flatten() for _, gate in gates_of(model)])
+    assert torch.equal(moved[None], moved[1e-2])
+    assert not torch.equal(moved[None], moved[1e-4])
+
+
 def test_penalties_and_proximal_steps_make_gates_small():
     sums = {}
     for name, extra in {

@@ -11,12 +11,15 @@ from .shape import ViTShape, describe_validation_error
 
 
 class Budget(BaseModel):
-    """A limit on exactly one of MACs, parameters and latency; never exceeded.
+    """A limit on exactly one of MACs, parameters and latency.
+
+    MACs and parameters are counted and never exceeded. Latency is the median for one image in the model's precision,
+    with torch's present number of threads, measured beside the dense model while sizes are chosen.
 
     Args:
         macs: multiply-adds of the whole model; an int is absolute, a float in (0, 1] the fraction kept.
         params: parameters, likewise.
-        latency_ms: absolute latency in milliseconds on the device at hand.
+        latency_ms: latency in milliseconds on the device at hand.
         latency: latency as a fraction of the dense model's.
 
     Raises:

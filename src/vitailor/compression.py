@@ -22,6 +22,7 @@ from . import __version__
 from .benchmarking import bench, conditions
 from .budget import Budget, cost
 from .data import ClassMap, Data, ImageSet, open_images
+from .data.timm_datasets import PREFIXES
 from .errors import BudgetError, DataError, UsageError
 from .evaluation import Accuracy, paired_difference
 from .evaluation import evaluate as measure_accuracy
@@ -33,6 +34,9 @@ from .provenance import Provenance, Step, provenance_of, weights_hash
 from .shape import ViTShape
 from .training import Augmentation, require_float32
 
+#: Images of a folder that are calibrated on, unless told otherwise.
+IMAGES = 512
+
 
 def compress(
     model: nn.Module,
@@ -40,6 +44,7 @@ def compress(
     budget: Budget,
     *,
     data: Data | None = None,
+    images: int | None = None,
     evaluate: Data | None = None,
     before: Accuracy | None = None,
     train: Data | None = None,
@@ -63,6 +68,8 @@ def compress(
         budget: never exceeded, and met within one step of the smallest unit.
         data: calibration images: a path, a dataset, or an iterable of tensors or (images, labels);
             labels are ignored unless the method asks for them.
+        images: how many of them, drawn by seed and spread over classes; by default `IMAGES` of a folder or a
+            named data set, or all if there are fewer, and all of anything else.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
         before: the model's accuracy on these, where it is known already; else it is measured.
         train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
@@ -88,7 +95,9 @@ def compress(
     """
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
+    task = _prepare(
+        model, method, budget, data, images, class_map, device, seed, preprocessing, progress
+    )
     task = _with_training(
         task, data, train, method, preprocessing, class_map, folder, resume, on_event
     )
@@ -141,6 +150,7 @@ def plan_only(
     budget: Budget,
     *,
     data: Data | None = None,
+    images: int | None = None,
     train: Data | None = None,
     reward: Data | None = None,
     class_map: ClassMap | None = None,
@@ -156,13 +166,17 @@ def plan_only(
 ) -> ViTShape:
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(model, method, budget, data, class_map, device, seed, preprocessing, progress)
+    task = _prepare(
+        model, method, budget, data, images, class_map, device, seed, preprocessing, progress
+    )
     task = _with_training(
         task, data, train, method, preprocessing, class_map, folder, resume, on_event
     )
     task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
     with _undisturbed(seed):
-        return method.plan(task).result(task.shape)
+        shape = method.plan(task).result(task.shape)
+    _check_budget(budget, task.shape, shape)
+    return shape
 
 
 def peak_memory_mb() -> float:
@@ -179,6 +193,7 @@ def _prepare(
     method: Method,
     budget: Budget,
     data: Data | None,
+    images: int | None,
     class_map: ClassMap | None,
     device: str | torch.device | None,
     seed: int,
@@ -187,17 +202,23 @@ def _prepare(
 ) -> Task:
     shape = shape_of(model)
     method.check(shape, budget)
-    images: ImageSet | None = None
+    calibration: ImageSet | None = None
     if data is not None:
+        named = isinstance(data, str | os.PathLike)
+        if images is None and str(data).startswith(PREFIXES):
+            images = IMAGES  # such sets are large, and some can only be read from the start
         classes = shape.num_classes or None
-        images = open_images(
+        calibration = open_images(
             data,
             preprocessing,
+            images=images,
             seed=seed,
             num_classes=classes if method.needs_labels else None,
             class_map=_map_for(data, class_map, method.needs_labels),
             split="train",
         )
+        if named and images is None and len(calibration) > IMAGES:
+            calibration = calibration.draw(IMAGES, seed)
     elif method.needs_images:
         raise UsageError(
             f"The method '{method.name}' needs calibration images.", "Pass data=, or --calibrate."
@@ -213,7 +234,7 @@ def _prepare(
         model=working.eval(),
         shape=shape,
         budget=budget,
-        data=images,
+        data=calibration,
         device=target,
         stopwatch=lambda models: _stopwatch(models, target),
         seed=seed,
@@ -341,7 +362,8 @@ def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:
         spent, limit = cost(after, budget.metric), budget.limit(before)
         if spent > limit:
             raise BudgetError(
-                f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}."
+                f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}.",
+                "Leave out settings that fix sizes (rate, share, energy), or ask for more.",
             )
 
 

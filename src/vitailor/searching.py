@@ -13,6 +13,7 @@ from .data import Data
 from .errors import UsageError
 from .methods import MultiDim
 from .provenance import provenance_of
+from .studies import Sampler
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def search(
     *,
     data: Data,
     method: MultiDim | None = None,
+    trials: int | None = None,
+    sampler: Sampler | None = None,
+    storage: str | None = None,
+    reward_images: int | None = None,
     **options: Any,
 ) -> Searched:
     """Search for the sizes of a model that harm least within a budget.
@@ -48,12 +53,22 @@ def search(
         budget: MACs or parameters, which every candidate meets.
         data: calibration images.
         method: what is searched, and how; `MultiDim()` by default.
+        trials, sampler, storage, reward_images: settings of the method that win over its own, as options of
+            `vitailor search` do.
         options: those of `compress`: reward, folder, seed, on_trial, ...
 
     Raises:
         UsageError: when the budget leaves nothing to search; else as `compress`.
     """
-    small = compress(model, method or MultiDim(), budget, data=data, **options)
+    asked: dict[str, Any] = {
+        "trials": trials,
+        "sampler": sampler,
+        "storage": storage,
+        "reward_images": reward_images,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    own = dict(method or MultiDim())
+    small = compress(model, MultiDim(**(own | asked)), budget, data=data, **options)
     known = provenance_of(small)
     facts = known.record["facts"] if known is not None else {}
     if "trials" not in facts:

@@ -37,7 +37,9 @@ def bench(
     ] = "float32",
     threads: Annotated[
         str | None,
-        typer.Option("--threads", metavar="N,N", help="CPU threads; torch's own number."),
+        typer.Option(
+            "--threads", metavar="N,N", help="CPU threads, e.g. 1,2; torch's number by default."
+        ),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", metavar="N", help="Rounds that are timed.")] = 30,
     warmup: Annotated[

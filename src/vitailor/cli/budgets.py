@@ -45,7 +45,7 @@ LatencyMs = Annotated[
     typer.Option(
         "--latency-ms",
         metavar="MS",
-        help="Milliseconds on this device.",
+        help="Median milliseconds for one image, on this device with these threads.",
         rich_help_panel=_BUDGET,
     ),
 ]

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 EXAMPLE = o.example(
     "vitailor compress vit_tiny_patch16_224 --method closed-form --keep 0.6 "
     "--calibrate photos/train --evaluate photos/val -o small/",
-    "vitailor compress vit_tiny_patch16_224=w.pth --method token-merge --macs 750M "
-    "--calibrate photos/train --dry-run",
+    "vitailor compress vit_tiny_patch16_224=w.pth --method token-merge --macs 750M --dry-run",
     "vitailor compress vit_tiny_patch16_224 --method vtp --keep 0.6 --train photos/train --epochs 5 "
     "-o pruned/",
 )
@@ -176,7 +175,8 @@ def compress(
             labels_needed=True,
         )
     common: dict[str, Any] = {
-        "data": None,
+        "data": calibrate,
+        "images": images,
         "train": train,
         "class_map": class_map,
         "device": where,
@@ -184,11 +184,6 @@ def compress(
         "source": opened.source,
         "preprocessing": preprocessing,
     }
-    if calibrate is not None:
-        classes = dense.num_classes or None if made.needs_labels else None
-        common["data"] = setup.open_calibration(
-            calibrate, preprocessing, images, seed, classes, class_map
-        )
     payload: dict[str, Any] = {"out": None, "method": method, "budget": str(budget)}
     if output is None or dry_run:
         begun_in = output / setup.CHECKPOINTS if output and begun and made.resumable else None

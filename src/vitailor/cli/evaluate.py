@@ -35,7 +35,12 @@ def evaluate(
     class_map: o.ClassMap = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Images at a time; by device."),
+        typer.Option(
+            "--batch-size",
+            metavar="N",
+            min=1,
+            help="Images at a time; the default depends on the device.",
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=0, help="Processes that read images.")

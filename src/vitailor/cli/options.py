@@ -38,7 +38,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="A setting; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A setting, e.g. ridge=0.01 or dimensions=qk,v; may be repeated. A wrong name lists all.",
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -166,7 +170,7 @@ Std = Annotated[
 ]
 
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Of everything random.", rich_help_panel=_RUN)
+    int, typer.Option("--seed", metavar="N", help="Random seed.", rich_help_panel=_RUN)
 ]
 Device = Annotated[
     str | None,

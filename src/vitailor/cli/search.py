@@ -90,7 +90,7 @@ def search(
             "--reward-images",
             metavar="N",
             min=1,
-            help="So many of them, drawn by seed; 256, or half of the calibration images.",
+            help="How many of them, drawn by seed; 256, or half of the calibration images.",
             rich_help_panel="Images",
         ),
     ] = None,
@@ -112,7 +112,7 @@ def search(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Search for the sizes that harm a model least within a budget, and write the model of these.
+    """Search for the sizes that harm a model least within a budget, and write that model.
 
     The method is multi-dim, with its settings by --set; nothing is trained. A search that was cut off goes on
     where it stopped; workers with one --storage, each with a folder of its own, share its candidates.
@@ -188,14 +188,8 @@ def search(
             opened.model,
             budget,
             method=made,
-            data=setup.open_calibration(
-                calibrate,
-                preprocessing,
-                images,
-                seed,
-                classes if made.needs_labels else None,
-                class_map,
-            ),
+            data=calibrate,
+            images=images,
             reward=reward,
             evaluate=test,
             class_map=class_map,

@@ -104,13 +104,16 @@ def _require_field(name: str, kind: type[BaseModel], field: str) -> None:
 
 
 def _value(kind: type[BaseModel], field: str, text: str) -> Any:
-    """The text as JSON where the field takes that, else as it stands."""
+    """The text as JSON where the field takes that, else as it stands, or split at its commas."""
     try:
         value = _WORDS[text] if text in _WORDS else json.loads(text)
     except ValueError:
-        return text
-    # A field of text may be given what looks like a number; so the text is tried as well.
-    for candidate in (value, text):
+        value = text
+    # A field of text may be given what looks like a number, and one of several texts needs no brackets.
+    candidates: list[Any] = [value, text]
+    if not isinstance(value, list):
+        candidates.append([part.strip() for part in text.split(",")])
+    for candidate in candidates:
         try:
             kind.model_validate_json(json.dumps({field: candidate}))
         except (ValidationError, UsageError):

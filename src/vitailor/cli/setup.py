@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ArtifactError, DataError, UsageError
 
 if TYPE_CHECKING:
-    from ..data import ImageSet
     from ..models import OpenedModel
-    from ..preprocessing import Preprocessing
-
-#: Calibration images, where their number is not given.
-IMAGES = 512
 
 
 def check_data(data: str) -> None:
@@ -121,33 +116,3 @@ def open_model(
     check_file("--weights", weights)
     check_positive("--num-classes", num_classes)
     return open_(spec, weights=weights, num_classes=num_classes, pretrained=pretrained)
-
-
-def open_calibration(
-    data: str,
-    preprocessing: Preprocessing,
-    images: int | None,
-    seed: int,
-    num_classes: int | None = None,
-    class_map: Path | None = None,
-) -> ImageSet:
-    """The calibration images: as many as asked for, else 512 or all if there are fewer.
-
-    Args:
-        num_classes: of the model, where labels are read; `class_map` is then theirs.
-    """
-    from ..data import open_images
-    from ..data.timm_datasets import PREFIXES
-
-    if images is None and data.startswith(PREFIXES):
-        images = IMAGES  # such sets are large, and some can only be read from the start
-    found = open_images(
-        data,
-        preprocessing,
-        images=images,
-        seed=seed,
-        split="train",
-        num_classes=num_classes,
-        class_map=class_map if num_classes is not None else None,
-    )
-    return found if len(found) <= IMAGES or images is not None else found.draw(IMAGES, seed)

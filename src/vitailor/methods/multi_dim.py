@@ -74,7 +74,7 @@ class MultiDim(Method):
             published; "fuse-dependence" multiplies attention by the dependence of their place; the rest are
             rules of merging, see `shape.Matching`.
         space: "ratios" as published, or "harm": weights on the harm of each cut, measured as closed-form does,
-            whose allocation is the first candidate; tokens are then merged, in any block.
+            whose allocation is the first candidate; `tokens` must then be a rule of merging, in any block.
         token_blocks: blocks, counted from 1, after whose attention they go; None for 4, 7 and 10 of twelve, as
             published, and like places in others.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.

@@ -22,7 +22,8 @@ class TrainConfig(BaseModel):
         epochs: passes over the images.
         batch_size: images for each update, over all processes and accumulation steps together.
         lr: learning rate of the weights, as given: it is not scaled by the batch size.
-        gate_lr: that of importance gates; None means `lr`. Gates have no weight decay.
+        gate_lr: that of importance gates; None means a hundred times `lr`, since gates have further to go than
+            weights. Gates have no weight decay.
         weight_decay: of matrices; biases and norms have none.
         optimizer: a name that timm knows.
         schedule: of timm; it moves at every update, "step" by a tenth at each third of the epochs.

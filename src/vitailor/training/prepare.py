@@ -21,6 +21,9 @@ from ..data import ImageSet
 from ..errors import UsageError
 from .config import TrainConfig
 
+#: Gates go from 1 to 0 in the updates that change weights by a few percent.
+GATES_FASTER = 100
+
 
 def check(
     model: nn.Module, config: TrainConfig, images: ImageSet, teacher: nn.Module | None
@@ -128,7 +131,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             found["vectors"].append(parameter)
         else:
             found["matrices"].append(parameter)
-    gate_lr = config.gate_lr or config.lr
+    gate_lr = config.gate_lr or GATES_FASTER * config.lr
     groups = [
         {"params": found["matrices"], "weight_decay": config.weight_decay, "lr": config.lr},
         {"params": found["vectors"], "weight_decay": 0.0, "lr": config.lr},
