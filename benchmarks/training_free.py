@@ -264,7 +264,7 @@ def page(rows: list[dict]) -> str:
         ]
         for keep in case.keeps:
             lines += table(own, dense, keep)
-        lines += where(dense)
+        lines += where(own)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -290,6 +290,14 @@ def table(rows: list[dict], dense: dict, keep: float) -> list[str]:
             f"{row['images']:,} | {span(on(row, row, dense), on(row, dense, dense))} | {versus} | "
             f"{seconds} |"
         )
+        few = dense.get("few")
+        if row is ours and few is not None and len(few) < row["images"]:
+            same = on({"correct": few}, row, dense)
+            top1 = 100 * sum(same.correct) / same.images
+            change = span(same, on({"correct": few}, dense, dense))
+            lines.append(
+                f"| the same, on the images of the rows below | | | {top1:.2f} | {same.images:,} | {change} | | |"
+            )
     lines += [f"| {row['method']} | cannot go so low | | | | | | |" for row in short]
     return [*lines, ""]
 
@@ -299,11 +307,12 @@ def span(after: Outcomes, before: Outcomes) -> str:
     return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "\N{MINUS SIGN}")
 
 
-def where(dense: dict) -> list[str]:
-    known = dense.get("conditions", {})
+def where(rows: list[dict]) -> list[str]:
+    known = rows[0].get("conditions", {})
+    threads = sorted({row["conditions"]["threads"] for row in rows if "conditions" in row})
     versions = ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items())
     return [
-        f"Measured on {known.get('hardware', platform.processor())}, {known.get('threads')} threads, "
+        f"Measured on {known.get('hardware', platform.processor())}, {' or '.join(map(str, threads))} threads, "
         f"{known.get('date', '')[:10]}; {versions}. Seconds are for compression, evaluation apart; the "
         "machine was shared with other work, so they are upper bounds.",
         "",
