@@ -985,6 +985,16 @@ def test_training_that_cannot_work(refused, artifact, tmp_path, args, code, name
     assert not (tmp_path / "out").exists()
 
 
+def test_no_teacher_wins_over_a_file_that_wants_one(run, artifact, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"distill": "soft"}', "utf-8")
+    args = ["train", artifact, "--data", "digits:train", "--images", 8, "--epochs", 1]
+    assert run(*args, "--config", file, "--distill", "none", "-o", tmp_path / "out")[0] == 0
+    record = json.loads((tmp_path / "out" / "record.json").read_text("utf-8"))
+    assert record["training"]["settings"]["distill"] is None
+    assert record["training"]["teacher"] is None
+
+
 # -- demo ----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 
 from conftest import build, images
@@ -22,8 +24,9 @@ from vitailor.errors import TrainingError, UsageError
 from vitailor.gates import gates_of, insert_gates, l1, shrink
 from vitailor.preprocessing import Preprocessing
 from vitailor.training import Event, TrainConfig, fit
-from vitailor.training.images import Augmentation, GlobalBatches, Seeded
+from vitailor.training.images import Augmentation, GlobalBatches, Seeded, reseed
 from vitailor.training.losses import teacher_loss, total_loss
+from vitailor.training.prepare import parameter_groups
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hflip": 0.0}
 
@@ -172,7 +175,9 @@ def test_accumulation_is_the_big_batch():
     for accumulate in (1, 4):
         model = build(seed=5)
         # Not Adam: it makes steps out of the rounding noise where gradients are zero.
-        config = TrainConfig(**QUICK | {"lr": 0.1}, optimizer="sgd", accumulate=accumulate)
+        config = TrainConfig(
+            **QUICK | {"lr": 0.02}, optimizer="sgd", accumulate=accumulate, clip_grad=None
+        )
         fit(model, config, dataset())
         found.append(weights(model))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
@@ -199,6 +204,20 @@ def test_gates_have_their_own_learning_rate_and_no_decay():
         [p.detach().flatten() for n, p in model.named_parameters() if not n.endswith(".gate")]
     )
     torch.testing.assert_close(kept, before, atol=1e-6, rtol=0)
+
+
+def test_matrices_alone_decay():
+    model = insert_gates(build())
+    config = TrainConfig(lr=0.1, gate_lr=0.3, weight_decay=0.5)
+    settings = {
+        id(parameter): (group["weight_decay"], group["lr"])
+        for group in parameter_groups(model, config)
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() > 1 and name not in ("pos_embed", "cls_token")
+        expected = (0.0, 0.3) if name.endswith(".gate") else (0.5 if matrix else 0.0, 0.1)
+        assert settings[id(parameter)] == expected, name
 
 
 def test_gates_are_a_hundred_times_as_fast_unless_told_otherwise():
@@ -234,9 +253,46 @@ def test_a_moving_average_is_what_is_returned():
     assert 0 < (weights(averaged) - start).norm() < moved
 
 
-def test_mixing_images_trains_on_distributions():
-    result = fit(build(), TrainConfig(**QUICK, mixup=0.8, cutmix=1.0), dataset())
-    assert all(0 < loss < 5 for loss in result.losses)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.3},
+        {"mixup": 0.8},
+        {"cutmix": 1.0},
+        {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+    ],
+)
+def test_the_task_loss_is_that_of_its_settings(settings):
+    """The first update's loss, written out."""
+    config = TrainConfig(
+        **QUICK | {"epochs": 1, "batch_size": 20, "lr": 1e-12, "weight_decay": 0.0}, **settings
+    )
+    model, data = build(), dataset()
+    (keys,) = GlobalBatches(20, 20, 1, 0, 1, seed=0, epoch=0)
+    x = torch.stack([data[i][0] for _, i in keys])
+    y = torch.tensor([data[i][1] for _, i in keys])
+    smoothing = config.label_smoothing
+    reseed(0, 0, 0, 0, 0)
+    if config.mixes:
+        mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=5)
+        x, y = mix(x, y)
+        smoothing = 0.0
+    with torch.no_grad():
+        expected = F.cross_entropy(model(x), y, label_smoothing=smoothing)
+    (loss,) = fit(model, config, data).losses
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    (plain,) = fit(build(), config.model_copy(update=dict.fromkeys(settings, 0.0)), data).losses
+    assert abs(loss - plain) > 1e-3
+
+
+def test_images_of_any_precision_train():
+    model = build()
+    data = open_images([(images(model, 8).double(), torch.arange(8) % 5)], None)
+    exact = build()
+    fit(model, TrainConfig(**QUICK, distill="soft"), data, teacher=build(seed=3))
+    same = open_images([(images(exact, 8).float(), torch.arange(8) % 5)], None)
+    fit(exact, TrainConfig(**QUICK, distill="soft"), same, teacher=build(seed=3))
+    torch.testing.assert_close(weights(model), weights(exact), atol=1e-6, rtol=1e-5)
 
 
 def test_half_precision_stays_close():
@@ -302,6 +358,34 @@ def test_every_schedule_warms_up_and_falls(schedule):
     assert max(rates) <= config.lr
 
 
+def test_steps_are_taken_after_each_third():
+    for epochs, expected in ((6, [1, 1, 0.1, 0.1, 0.01, 0.01]), (4, [1, 0.1, 0.01, 0.01])):
+        rates: dict[int, float] = {}
+        config = TrainConfig(**QUICK | {"epochs": epochs}, schedule="step")
+        fit(build(), config, dataset(), on_event=lambda e, r=rates: r.update({e.epoch: e.lr}))
+        assert list(rates.values()) == pytest.approx([config.lr * x for x in expected])
+
+
+def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path, monkeypatch):
+    found = iter([10.0, 50.0, 20.0])
+    monkeypatch.setattr("vitailor.training.loop._Run._validated", lambda *_: next(found))
+    config = TrainConfig(**QUICK | {"epochs": 3})
+    assert fit(build(), config, dataset(), val=dataset(), folder=tmp_path).top1 == (10, 50, 20)
+    epochs = [torch.load(tmp_path / name)["epoch"] for name in ("best.pt", "last.pt")]
+    assert epochs == [2, 3]
+
+
+def test_a_training_begun_anew_leaves_nothing_of_the_last_one(tmp_path):
+    fit(build(), TrainConfig(**QUICK), dataset(), folder=tmp_path)
+
+    def explode(_: nn.Module) -> Tensor:
+        return torch.tensor(float("nan"))
+
+    with pytest.raises(TrainingError, match="no checkpoint yet"):
+        fit(build(), TrainConfig(**QUICK), dataset(), folder=tmp_path, penalty=explode)
+    assert not (tmp_path / "best.pt").exists()
+
+
 def test_mixing_needs_no_labels_where_none_are_learned():
     model = build()
     unlabeled = open_images([images(model, 16).float()], None)
@@ -315,6 +399,9 @@ def test_trackers_are_told(tmp_path, monkeypatch):
     from accelerate.utils import LoggerType
 
     told: list[dict[str, Any]] = []
+    finished: list[int] = []
+    # It would part processes that have another stage to train together.
+    monkeypatch.delattr("accelerate.Accelerator.end_training")
 
     class Notes(GeneralTracker):
         name, requires_logging_directory = "notes", False
@@ -332,12 +419,20 @@ def test_trackers_are_told(tmp_path, monkeypatch):
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
             told.append(values | {"step": step})
 
+        def finish(self) -> None:
+            finished.append(1)
+
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Notes)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
     config = TrainConfig(**QUICK, tracker="tensorboard")
     fit(build(), config, dataset(), val=dataset(), folder=tmp_path)
     assert [row["step"] for row in told if "loss" in row] == list(range(6))
     assert [row["step"] for row in told if "top1" in row] == [3, 6]
+    assert finished == [1]
+    nan = {"penalty": lambda _: torch.tensor(float("nan"))}
+    with pytest.raises(TrainingError):
+        fit(build(), config, dataset(), folder=tmp_path, **nan)
+    assert finished == [1, 1]
 
 
 # -- interruptions -------------------------------------------------------------------------------
@@ -467,6 +562,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         ({"optimizer": "adamww"}, "optimizer 'adamww' is unknown"),
         ({"tracker": "paper"}, "tracker 'paper' is unknown"),
         ({"seed": -1}, "seed"),
+        ({"epochs": 2, "warmup_epochs": 2}, "never reach lr"),
+        ({"rand_augment": "foo"}, "rand_augment 'foo' is unknown"),
+        ({"rand_augment": "3"}, "rand_augment '3' is unknown"),
     ],
 )
 def test_bad_settings_are_named(settings, what):
@@ -488,4 +586,9 @@ def test_bad_input_is_refused_before_training():
             fit(model, TrainConfig(**QUICK | settings), data)
     with pytest.raises(UsageError, match="float32"):
         fit(build().double(), TrainConfig(**QUICK), dataset())
+    with pytest.raises(UsageError, match="frozen"):
+        fit(build().requires_grad_(False), TrainConfig(**QUICK), dataset())
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 3))
+    with pytest.raises(UsageError, match="gives 3 classes and the model 5"):
+        fit(model, TrainConfig(**QUICK, distill="soft"), dataset(), teacher=teacher)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())

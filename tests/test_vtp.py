@@ -17,6 +17,7 @@ from vitailor.errors import BudgetError, DataError, UsageError
 from vitailor.gates import fold_gates, insert_gates, remove_gates
 from vitailor.hosts import shape_of
 from vitailor.methods import VTP
+from vitailor.surgery import apply
 from vitailor.training import Event
 
 SHORT = vt.TrainConfig(epochs=2, batch_size=8, lr=1e-3, gate_lr=2e-2, hflip=0.0, checkpoint_every=1)
@@ -124,13 +125,34 @@ def test_sparse_training_makes_gates_small_and_tells_of_it():
 def test_sparse_training_may_have_its_own_learning_rate():
     rates: dict[str, list[float]] = {}
 
+    epochs: dict[str, int] = {}
+
     def listen(stage: str, event: Event) -> None:
         rates.setdefault(stage, []).append(event.lr)
+        epochs[stage] = event.epoch
 
     slow = VTP(training=SHORT, sparse_lr=1e-5, sparse_epochs=1)
     prune(slow, on_event=listen)
     assert max(rates["sparse training"]) == pytest.approx(1e-5)
     assert max(rates["fine-tuning"]) == pytest.approx(SHORT.lr)
+    assert epochs == {"sparse training": 1, "fine-tuning": SHORT.epochs}
+
+
+def test_a_proximal_step_makes_gates_zero_and_a_penalty_does_not():
+    for proximal, zero in ((True, True), (False, False)):
+        method = VTP(training=SHORT, stage="sparse", proximal=proximal, l1=50.0)
+        largest = prune(method).vitailor.record["facts"]["gate_quantiles"][-1]
+        assert (largest == 0) is zero
+
+
+def test_hardened_gates_leave_weights_as_they_are_and_others_are_folded_in():
+    still = SHORT.model_copy(update={"lr": 1e-20, "weight_decay": 0.0})
+    for harden in (True, False):
+        model = build()
+        small = prune(VTP(training=still, stage="prune", harden=harden), model)
+        plain = apply(model, small.vitailor.steps[0].plan).state_dict()
+        same = all(torch.equal(value, plain[key]) for key, value in small.state_dict().items())
+        assert same is harden
 
 
 def test_pruning_alone_removes_nothing_but_what_the_plan_names():
@@ -140,8 +162,6 @@ def test_pruning_alone_removes_nothing_but_what_the_plan_names():
     )
     model = build()
     small = prune(VTP(training=frozen, stage="prune"), model)
-    from vitailor.surgery import apply
-
     expected = apply(model, small.vitailor.steps[0].plan)
     x = images(model, 3)
     assert torch.allclose(small(x), expected(x), atol=1e-5)

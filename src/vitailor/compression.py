@@ -27,7 +27,7 @@ from .errors import BudgetError, DataError, UsageError
 from .evaluation import Accuracy, paired_difference
 from .evaluation import evaluate as measure_accuracy
 from .hosts import shape_of
-from .methods import Method, OnEvent, OnTrial, Task
+from .methods import Method, OnEvent, OnTrial, Task, stages
 from .plan import Plan
 from .preprocessing import Preprocessing, resolve_preprocessing
 from .provenance import Provenance, Step, provenance_of, weights_hash
@@ -257,6 +257,8 @@ def _with_training(
     config = method.trains
     if method.resumable:
         place = None if folder is None else Path(folder)
+        if place is not None and not resume and os.environ.get("RANK", "0") == "0":
+            stages.clear(place)
         task = replace(task, folder=place, resume=resume, on_event=on_event)
     if config is None and train is None:
         return task

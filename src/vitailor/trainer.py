@@ -113,7 +113,7 @@ def train(
     if test is not None and result.top1:
         record |= {"top1": {"after": result.top1[-1]}, "images": len(test)}
         record |= {"evaluated_on": test.source, "evaluated_list_hash": test.list_hash}
-    facts = _facts(config, result, found, device)
+    facts = _facts(config, result, found, device, teacher)
     cast(Any, student).vitailor = revise(
         known,
         record={**record, "training": facts},
@@ -200,6 +200,7 @@ def _facts(
     result: TrainResult,
     images: ImageSet,
     device: str | torch.device | None,
+    teacher: nn.Module | None,
 ) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
@@ -207,6 +208,7 @@ def _facts(
         "source": images.source,
         "images": len(images),
         "list_hash": images.list_hash,
+        "teacher": weights_hash(teacher) if teacher is not None and config.distill else None,
         "epochs": result.epochs,
         "losses": list(result.losses),
         "top1": list(result.top1),

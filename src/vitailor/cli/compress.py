@@ -166,7 +166,7 @@ def compress(
     made.check(dense, budget)
     preprocessing = resolve_preprocessing(opened.model, **transform)
     test = None
-    if evaluate is not None:
+    if evaluate is not None and is_first_process():  # the only one to tell
         test = open_images(
             evaluate,
             preprocessing,

@@ -95,8 +95,10 @@ def device_of(name: str | None) -> str:
     """
     import torch
 
+    if name is None and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if "LOCAL_RANK" in os.environ else "cuda"
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

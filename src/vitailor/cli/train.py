@@ -113,9 +113,11 @@ def train(
         "checkpoint_every": checkpoint_every,
         "workers": workers,
         "tracker": tracker,
-        "distill": None if distill == "none" else distill,
+        "distill": distill,
     }
     fields |= {"seed": seed} | {name: value for name, value in given.items() if value is not None}
+    if distill == "none":
+        fields["distill"] = None
     if is_first_process():
         begun = (output / setup.CHECKPOINTS).is_dir()
         setup.check_folder(output, overwrite or (resume and begun))
@@ -136,7 +138,9 @@ def train(
     from ..trainer import train as fine_tune
 
     opened = setup.open_model(model, weights, num_classes)
-    made, other = with_teacher(opened.model, made, teacher, data, wanted=distill != "none")
+    made, other, taught_by = with_teacher(
+        opened.model, made, teacher, data, wanted=distill != "none"
+    )
     with training_progress() as tell:
         trained = fine_tune(
             opened.model,
@@ -164,46 +168,50 @@ def train(
         "images_per_s": facts["images_per_s"],
         "losses": facts["losses"],
     }
-    emit(payload, json, lambda out: _draw(out, payload))
+    emit(payload, json, lambda out: _draw(out, payload, taught_by))
 
 
 def with_teacher(
     model: nn.Module, config: TrainConfig, name: str | None, data: str, wanted: bool
-) -> tuple[TrainConfig, nn.Module | None]:
-    """The teacher that is named, or the dense model where it is at hand, and the settings with what is
-    learned from it.
+) -> tuple[TrainConfig, nn.Module | None, str]:
+    """The settings with what is learned from a teacher; the teacher that is named, or the dense model where it is at
+    hand; and what it is called.
 
     Raises:
         UsageError: when one is needed and there is none, or named and not wanted.
     """
     from ..data.folders import list_images
     from ..data.timm_datasets import PREFIXES
+    from ..provenance import provenance_of
     from ..trainer import default_teacher
     from . import setup
 
     if name is not None and not wanted:
         raise UsageError("--teacher does not go with --distill none.", "Leave one of them out.")
     if name is not None:
-        return _distilling(config), setup.open_model(name, None, None).model
+        return _distilling(config), setup.open_model(name, None, None).model, name
     found = default_teacher(model) if wanted else None
     if found is not None:
-        return _distilling(config), found
+        known = provenance_of(model)
+        return _distilling(config), found, known.steps[0].source if known is not None else ""
     named = data.partition(":")[0] == "digits" or data.startswith(PREFIXES)
     if config.distill is not None or (not named and not list_images(Path(data))[1]):
         why = f"{data} has no labels" if config.distill is None else f"distill '{config.distill}'"
         raise UsageError(f"{why}, so a teacher is needed.", "Name one with --teacher.")
-    return config, None
+    return config, None, ""
 
 
 def _distilling(config: TrainConfig) -> TrainConfig:
     return config if config.distill else config.model_copy(update={"distill": "soft"})
 
 
-def _draw(out: Console, payload: dict[str, Any]) -> None:
+def _draw(out: Console, payload: dict[str, Any], taught_by: str) -> None:
     loss = payload["losses"][-1] if payload["losses"] else float("nan")
     out.print(
         f"{payload['epochs']} epochs, loss {loss:.4f}, {payload['images_per_s']:.1f} images/s"
     )
+    if taught_by:
+        out.print(f"teacher {taught_by}")
     if payload["top1"] is None:
         out.print("top-1   not measured (pass --val DATA)")
     else:

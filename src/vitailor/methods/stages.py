@@ -19,8 +19,18 @@ from ..training import Event, TrainConfig, checkpoints, fit
 from ..training.prepare import accelerator_for
 from .base import Outcome, Task
 
-#: The model that a method has cut before training.
-CUT = "cut.pt"
+#: The model that a method has cut before training, and sizes that were measured, by what they depend on.
+CUT, PLAN = "cut.pt", "plan-{}.pt"
+#: Folders of the stages that train.
+SPARSE, FINETUNE, SHARING = "sparse", "finetune", "sharing"
+
+
+def clear(folder: Path) -> None:
+    """Remove what earlier runs have left to go on from."""
+    for stage in (SPARSE, FINETUNE, SHARING):
+        checkpoints.clear(folder / stage)
+    for old in (folder / CUT, *folder.glob(PLAN.format("*"))):
+        old.unlink(missing_ok=True)
 
 
 def settled(
@@ -36,29 +46,51 @@ def settled(
     Raises:
         UsageError: when what the folder holds was made of something else.
     """
-    found = None
-    if task.folder is not None and task.resume:
-        found = checkpoints.load(task.folder, CUT, identity, processes=0)
-    if found is None:
+
+    def state() -> dict[str, Any]:
         made = make()
-        found = {
-            "identity": identity,
-            "processes": 0,
+        return {
             "plan": made.plan.to_json(),
             "facts": made.facts,
             "model": made.model.state_dict(),
         }
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        accelerator_for(config, task.device, None)  # the processes find each other
-        shared = [found]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        found = shared[0]
-    if task.folder is not None and os.environ.get("RANK", "0") == "0":
-        checkpoints.save(task.folder, CUT, found)
+
+    found = agreed(task, config, CUT, identity, state)
     plan = Plan.from_json(found["plan"])
     model = apply(task.model, plan)
     model.load_state_dict(found["model"])
     return Outcome(model, plan, found["facts"])
+
+
+def agreed(
+    task: Task,
+    config: TrainConfig,
+    name: str,
+    identity: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """What was first made, kept under this name beside the checkpoints, and the same in every process.
+
+    Args:
+        identity: what it depends on.
+
+    Raises:
+        UsageError: when what the folder holds was made of something else.
+    """
+    found = None
+    if task.folder is not None and task.resume:
+        found = checkpoints.load(task.folder, name, identity, processes=0)
+    if found is None:
+        found = {"identity": identity, "processes": 0, **make()}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The processes find each other.
+        accelerator_for(config.model_copy(update={"tracker": None}), task.device, None)
+        shared = [found]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        found = shared[0]
+    if task.folder is not None and os.environ.get("RANK", "0") == "0":
+        checkpoints.save(task.folder, name, found)
+    return found
 
 
 def finetune(
@@ -74,7 +106,7 @@ def finetune(
         seeded(config, task),
         images(task),
         teacher=task.taught_by,
-        folder=folder(task, "finetune"),
+        folder=folder(task, FINETUNE),
         resume=task.resume,
         identity=identity or {"model": weights_hash(small)},
         on_event=told(task, "fine-tuning"),

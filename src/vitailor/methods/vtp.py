@@ -12,9 +12,8 @@ but what it removes; `harden` sets them to 1 instead, as the paper does.
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -147,7 +146,7 @@ class VTP(Method):
             config,
             stages.images(task),
             teacher=task.taught_by,
-            folder=stages.folder(task, "sparse"),
+            folder=stages.folder(task, stages.SPARSE),
             resume=task.resume,
             penalty=None if self.proximal else lambda model: self.l1 * l1(model),
             after_update=(lambda model, lr: shrink(model, lr * self.l1)) if self.proximal else None,
@@ -203,18 +202,16 @@ class VTP(Method):
     def _agreed(self, task: Task, gated: nn.Module, make: Callable[[], Plan]) -> Plan:
         """The plan that was first made for these gates: latencies come out otherwise every time, and in
         every process."""
-        key = f"{weights_hash(gated)} {task.budget} {self.model_dump_json(exclude={'stage'})}"
-        file = task.folder / "plan.json" if task.folder is not None else None
-        known: dict[str, str] = {}
-        if task.resume and file is not None and file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
-        plans = [known["plan"] if known.get("key") == key else make().to_json()]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(plans, src=0)
-        if file is not None and os.environ.get("RANK", "0") == "0":
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"key": key, "plan": plans[0]}), encoding="utf-8")
-        return Plan.from_json(plans[0])
+        identity = {
+            "gates": weights_hash(gated),
+            "budget": str(task.budget),
+            "settings": self.model_dump_json(exclude={"stage", "training"}),
+        }
+        name = stages.PLAN.format(sha256("".join(identity.values()).encode()).hexdigest()[:8])
+        found = stages.agreed(
+            task, self.training, name, identity, lambda: {"plan": make().to_json()}
+        )
+        return Plan.from_json(found["plan"])
 
     def _target(
         self, task: Task, gated: nn.Module, scores: Sequence[Importance], layers: Sequence[Layer]

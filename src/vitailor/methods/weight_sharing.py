@@ -53,7 +53,7 @@ def share_weights(
         config,
         without(stages.images(task), judged),
         teacher=task.taught_by,
-        folder=stages.folder(task, "sharing"),
+        folder=stages.folder(task, stages.SHARING),
         resume=task.resume,
         before_update=lambda one, step: resize(one, drawn(step), ready.orders),
         identity=identity,

@@ -30,6 +30,12 @@ def save(folder: Path, name: str, state: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of an earlier training, from which nobody must go on."""
+    for name in (LAST, BEST):
+        (folder / name).unlink(missing_ok=True)
+
+
 def load(
     folder: Path, name: str, identity: Mapping[str, Any], processes: int
 ) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from timm.data.transforms_factory import create_transform
 from timm.optim import list_optimizers
 
 from ..errors import UsageError
@@ -26,7 +27,7 @@ class TrainConfig(BaseModel):
             weights. Gates have no weight decay.
         weight_decay: of matrices; biases and norms have none.
         optimizer: a name that timm knows.
-        schedule: of timm; it moves at every update, "step" by a tenth at each third of the epochs.
+        schedule: of timm; it moves at every update, "step" to a tenth after each third of the epochs.
         warmup_epochs, min_lr: of the schedule.
         clip_grad: largest norm of the gradient; None for no limit.
         accumulate: forward passes for each update, for batches that do not fit in memory.
@@ -95,6 +96,17 @@ class TrainConfig(BaseModel):
             )
         if self.optimizer not in list_optimizers():
             raise ValueError(f"optimizer '{self.optimizer}' is unknown to timm")
+        if 0 < self.epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} of {self.epochs} epochs never reach lr"
+            )
+        if self.rand_augment is not None:
+            try:
+                create_transform(224, is_training=True, auto_augment=self.rand_augment)
+            except (AssertionError, ValueError, KeyError, IndexError) as error:
+                raise ValueError(
+                    f"rand_augment '{self.rand_augment}' is unknown to timm: {error}"
+                ) from None
         if self.tracker is not None and self.tracker not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(LOGGER_TYPE_TO_CLASS)
             raise ValueError(f"tracker '{self.tracker}' is unknown to Accelerate: {known}")

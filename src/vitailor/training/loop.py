@@ -8,6 +8,7 @@ for bit.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .prepare import (
     frozen,
     generators_as_before,
     on_device,
-    parameter_groups,
+    optimizer_for,
 )
 from .teacher import consult, lookup
 
@@ -141,6 +141,8 @@ def fit(
     """
     check(model, config, images, teacher)
     home = next(model.parameters()).device
+    if folder is not None and not resume and os.environ.get("RANK", "0") == "0":
+        checkpoints.clear(folder)
     with on_device(device), generators_as_before():
         accelerator = accelerator_for(config, device, folder)
         same = _identity(config, images, val, teacher) | dict(identity or {})
@@ -193,15 +195,13 @@ class _Run:
         self.accelerator, self.penalty, self.after_update = accelerator, penalty, after_update
         features = config.distill == "feature"
         model.to(accelerator.device)
-        optimizer = create_optimizer_v2(
-            parameter_groups(model, config), opt=config.optimizer, lr=config.lr, weight_decay=0.0
-        )
+        optimizer = optimizer_for(model, config)
         self.updates = -(-len(images) // config.batch_size)
         self.scheduler = create_scheduler_v2(
             optimizer,
             sched=config.schedule,
             num_epochs=config.epochs,
-            decay_epochs=max(1, config.epochs // 3),
+            decay_epochs=config.epochs / 3,
             warmup_epochs=config.warmup_epochs,
             warmup_lr=0.0,
             min_lr=config.min_lr,
@@ -226,6 +226,7 @@ class _Run:
         self.losses: list[float] = []
         self.top1: list[float] = []
         self.seen, self.seconds = 0, 0.0
+        self.seen_before, self.seconds_before = 0, 0.0
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -233,6 +234,14 @@ class _Run:
         if self.config.tracker:
             facts = {name: str(value) for name, value in self.identity.items()}
             self.accelerator.init_trackers("vitailor", config=facts)
+        try:
+            return self._train(state)
+        finally:
+            # Not end_training, which would part processes that have found each other for good.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _train(self, state: dict[str, Any] | None) -> TrainResult:
         begin, update, total = self._restore(state)
         if self.teacher is not None and begin < self.config.epochs:
             self.remembered = consult(
@@ -248,8 +257,6 @@ class _Run:
         for epoch in range(begin, self.config.epochs):
             self._epoch(epoch, update, total)
             update, total = 0, 0.0
-        if self.config.tracker:
-            self.accelerator.end_training()
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         speed = self.seen / self.seconds if self.seconds else 0.0
@@ -272,7 +279,7 @@ class _Run:
         self.losses.append(total / self.updates)
         judged = self.ema.module if self.ema is not None else self.model
         if self.val is not None:
-            self.top1.append(evaluate(judged, self.val, workers=self.config.workers).top1)
+            self.top1.append(self._validated(judged, self.val))
         observed = self.observe(judged) if self.observe is not None else {}
         top1 = self.top1[-1] if self.val is not None else None
         told = observed | ({} if top1 is None else {"top1": top1})
@@ -285,6 +292,16 @@ class _Run:
         if scores[-1] == max(scores):
             self._save(checkpoints.BEST, epoch + 1, 0, 0.0)
         self._save(checkpoints.LAST, epoch + 1, 0, 0.0)
+
+    def _validated(self, model: nn.Module, val: ImageSet) -> float:
+        """Top-1 in percent, in float32; processes share the images."""
+        accelerator = self.accelerator
+        mine = val.subset(range(accelerator.process_index, len(val), accelerator.num_processes))
+        hits = sum(evaluate(model, mine, workers=self.config.workers).correct) if len(mine) else 0
+        total: Tensor = accelerator.reduce(
+            torch.tensor(float(hits), device=accelerator.device), reduction="sum"
+        )
+        return 100 * float(total) / len(val)
 
     def _update(self, epoch: int, update: int, found: Iterator[Any]) -> float:
         """One step of the optimiser; returns the loss over the whole global batch."""
@@ -300,7 +317,9 @@ class _Run:
             # Images seed the generators they draw from; everything after them draws from these.
             reseed(config.seed, epoch, update, part, accelerator.process_index)
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
-                loss = self._loss(x.to(accelerator.device), labels.to(accelerator.device), views)
+                loss = self._loss(
+                    x.to(accelerator.device, torch.float32), labels.to(accelerator.device), views
+                )
                 parts.append(loss.detach())
                 accelerator.backward(loss / config.accumulate)
         mean: Tensor = accelerator.reduce(torch.stack(parts).mean(), reduction="mean")
@@ -361,7 +380,8 @@ class _Run:
     ) -> None:
         if self.on_event is None or not self.accelerator.is_main_process:
             return
-        speed = self.seen / self.seconds if self.seconds else 0.0
+        seconds = self.seconds - self.seconds_before
+        speed = (self.seen - self.seen_before) / seconds if seconds else 0.0
         left = (self.config.epochs - epoch) * self.updates - update
         seconds = left * self.config.batch_size / speed if speed else math.inf
         epochs = self.config.epochs
@@ -422,6 +442,7 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.losses, self.top1 = list(state["losses"]), list(state["top1"])
         self.seen, self.seconds = state["seen"], state["seconds"]
+        self.seen_before, self.seconds_before = self.seen, self.seconds
         return state["epoch"], state["update"], state["total"]
 
     def _last_good(self) -> str:

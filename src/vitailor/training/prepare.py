@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..data import ImageSet
@@ -42,8 +43,11 @@ def check(
         raise UsageError(
             f"distill '{config.distill}' needs a teacher.", "Pass teacher=, or --teacher."
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("All parameters are frozen.", "Let some of them train (requires_grad_).")
     ours, theirs = (getattr(m, "num_classes", None) for m in (model, teacher))
-    if teacher is not None and config.distill in ("soft", "hard") and ours != theirs:
+    known = ours is not None and theirs is not None
+    if known and config.distill in ("soft", "hard") and ours != theirs:
         raise UsageError(
             f"The teacher has {theirs} classes and the model {ours}.",
             "Take a teacher of the same classes, or learn its features (distill=feature).",
@@ -87,7 +91,10 @@ def accelerator_for(
                 project_dir=folder if config.tracker else None,
             )
         except ValueError as error:
-            raise UsageError(f"{error}", "Correct precision or tracker.") from error
+            mend = "Correct precision or tracker"
+            if config.tracker and folder is None:
+                mend += ", or pass folder=, where a tracker writes"
+            raise UsageError(f"{error}", f"{mend}.") from error
     if config.tracker and not accelerator.log_with:
         raise UsageError(
             f"The tracker '{config.tracker}' is not installed.", "Install it, or train without."
@@ -138,6 +145,22 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         {"params": found["gates"], "weight_decay": 0.0, "lr": gate_lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimiser of that name.
+
+    Raises:
+        UsageError: when it needs what this machine does not have.
+    """
+    groups = parameter_groups(model, config)
+    try:
+        return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0)
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"The optimizer '{config.optimizer}' cannot be used here: {reason}", "Choose another."
+        ) from error
 
 
 def frozen(teacher: nn.Module, device: torch.device) -> nn.Module:

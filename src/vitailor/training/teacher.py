@@ -57,7 +57,9 @@ def consult(
         UsageError: when teacher and student do not go together.
     """
     width = _common_width(teacher, student, images, config, accelerator.device)
-    seen = probe(images) if worth_remembering(config, len(images), width) else None
+    shared = len(images) >= accelerator.num_processes  # every process has some to ask about
+    worth = shared and worth_remembering(config, len(images), width)
+    seen = probe(images) if worth else None
     if seen is None:
         return None
     about = ("teacher", "images", "distill", "hflip", "precision")
@@ -81,7 +83,7 @@ def _common_width(
     device: torch.device,
 ) -> int:
     """How many numbers student and teacher give for an image, of the kind that is learned."""
-    x = images[0][0].unsqueeze(0).to(device)
+    x = images[0][0].unsqueeze(0).to(device, torch.float32)
     kind = 0 if config.distill == "feature" else 1
     ours = int(Outputs(student.eval(), teacher.features)(x)[kind].shape[1])
     try:
@@ -93,9 +95,10 @@ def _common_width(
             "Take a teacher of the model's input size.",
         ) from error
     if ours != theirs:
+        what, other = ("features", "soft") if kind == 0 else ("classes", "feature")
         raise UsageError(
-            f"The teacher gives {theirs} features and the model {ours}.",
-            "Learn its class distribution instead (distill=soft).",
+            f"The teacher gives {theirs} {what} and the model {ours}.",
+            f"Learn something else of it (distill={other}).",
         )
     return ours
 
@@ -139,7 +142,7 @@ def remember(
     table: Tensor | None = None
     done = 0
     for batch, _ in loader(images.subset(mine), batch_size=BATCH, workers=config.workers):
-        rows, x = list(mine[done : done + len(batch)]), batch.to(accelerator.device)
+        rows, x = list(mine[done : done + len(batch)]), batch.to(accelerator.device, torch.float32)
         done += len(rows)
         for view in views_of(config):
             with accelerator.autocast():
