@@ -191,6 +191,7 @@ def test_latency(key):
     else:
         assert shape_of(small).macs < shape_of(model).macs
         assert small.vitailor.steps[0].budget == "latency 0.95"
+        assert all(small.vitailor.record["latency_ms"][when] > 0 for when in ("before", "after"))
 
 
 @pytest.mark.parametrize("key", ["default", "bare", "token-merge"])

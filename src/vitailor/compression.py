@@ -113,6 +113,7 @@ def compress(
         if outcome.whole:
             _check_budget(budget, task.shape, shape_of(small))
         seconds = perf_counter() - started
+        latency = _latencies(task, small) if outcome.whole else {}
         accuracy = _accuracies(task.model, small, test, before)
     small = small.to(next(model.parameters()).device)
     step = _step(model, method, budget, outcome.plan, seed, source)
@@ -131,6 +132,7 @@ def compress(
         "conditions": conditions(task.device) | {"threads": torch.get_num_threads()},
         "facts": outcome.facts,
         **_trained_before(earlier),
+        **latency,
         **accuracy,
     }
     # nn.Module would take no notice of a plain attribute, and deepcopy and fine-tuning carry it along.
@@ -367,6 +369,14 @@ def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:
                 f"The result has {spent:,} {budget.metric}, over the budget of {limit:,}.",
                 "Leave out settings that fix sizes (rate, share, energy), or ask for more.",
             )
+
+
+def _latencies(task: Task, small: nn.Module) -> dict[str, Any]:
+    """Of the model as it was built, where the budget is one of time."""
+    if task.budget.metric in ("macs", "params"):
+        return {}
+    before, after = task.stopwatch([task.model, small])
+    return {"latency_ms": {"before": before, "after": after}}
 
 
 def _accuracies(

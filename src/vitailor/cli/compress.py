@@ -204,8 +204,9 @@ def compress(
     record = known.record if known is not None else {}
     payload |= {"out": str(output), **_before_and_after(dense, shape_of(small))}
     payload |= {name: record.get(name) for name in ("seconds", "peak_memory_mb")}
-    if "top1" in record:
-        payload["top1"] = record["top1"]
+    for name in ("top1", "latency_ms"):
+        if name in record:
+            payload[name] = record[name]
     emit(payload, json, lambda out: _draw(out, payload, record.get("images")))
 
 
@@ -285,6 +286,9 @@ def _draw(out: Console, payload: dict[str, Any], images: int | None) -> None:
     from ..reporting import signed
 
     _draw_costs(out, payload)
+    if "latency_ms" in payload:
+        before, after = payload["latency_ms"]["before"], payload["latency_ms"]["after"]
+        out.print(f"latency {before:.2f} > [bold]{after:.2f}[/bold] ms for one image")
     top1 = payload.get("top1")
     if top1 is None:
         out.print("top-1   not measured (pass --evaluate DATA)")
