@@ -143,7 +143,8 @@ def relevance(
     """(U,) dependence of each unit on the predictions.
 
     Args:
-        x_UBN: features of the units: for each image, one number at each token.
+        x_UBN: features of the units: for each image, one number at each token. Products are fastest where
+            images lie closest in memory: the transpose of a contiguous (U, N, B).
         y_BC: class probabilities; their kernel is linear.
     """
     counts = coefficients(linear(y_BC), estimator).flatten()
@@ -247,9 +248,9 @@ def score(
     def on_neurons(i: int, hidden_BNF: Tensor) -> None:
         if predicted is None:
             return
-        x_FBN = _wide(hidden_BNF).permute(2, 0, 1).contiguous()
-        add(i, "relevance", relevance(x_FBN, predicted, bandwidths, estimator))
-        add(i, "activity", x_FBN.abs().mean((1, 2)))
+        x_FNB = _wide(hidden_BNF).permute(2, 1, 0).contiguous()
+        add(i, "relevance", relevance(x_FNB.mT, predicted, bandwidths, estimator))
+        add(i, "activity", x_FNB.abs().mean((1, 2)))
 
     def on_tokens(i: int, read_BND: Tensor) -> None:
         if predicted is None:
