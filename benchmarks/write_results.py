@@ -12,6 +12,7 @@ import dependence
 import fine_tuning
 import hybrid_claim
 import policy_search
+import speed
 import train_throughput
 import training_free
 import vtp_cifar10
@@ -22,6 +23,7 @@ LOGS = Path("benchmarks/results")
 def main() -> None:
     sections = (
         training_free.page(training_free.read(LOGS / "training_free.jsonl")),
+        speed.page(training_free.read(LOGS / "speed.jsonl")),
         fine_tuning.page(training_free.read(LOGS / "fine_tuning.jsonl")),
         decomposition.page(training_free.read(LOGS / "decomposition.jsonl")),
         hybrid_claim.page(training_free.read(LOGS / "hybrid_claim.jsonl")),
