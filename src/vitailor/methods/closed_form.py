@@ -55,6 +55,8 @@ from .base import BATCH_SIZE, Method, Outcome, Task, keeps_all, with_matching, w
 
 #: Tokens are compared by one in so many features: those that vary most, which is as good and cheaper.
 MATCH_SHARE = 3
+#: Decay of the moving average of weights while refining: some twenty updates.
+REFINE_EMA = 0.95
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class ClosedForm(Method):
         tune_images: images on which whole plans are compared to correct for how cuts interact; 0 trusts
             the sum of single harms.
         taylor_labels: "self" takes the model's own predictions as labels, "given" the data's.
-        refine: epochs of label-free distillation on the calibration images afterwards; 0 for none.
+        refine: epochs of label-free distillation of the features before the head, on the calibration images,
+            afterwards; 0 for none.
         refine_lr: its learning rate.
     """
 
@@ -160,13 +163,18 @@ class ClosedForm(Method):
         return Outcome(small, ready.plan, facts)
 
     def _refine(self, task: Task, small: nn.Module) -> dict[str, Any]:
-        """Step 5: the small model learns the dense one's outputs on the calibration images."""
+        """Step 5: the small model learns the dense one's features on the calibration images.
+
+        Features tell more than outputs that are sure, and the small model is near its best already: without a moving
+        average the steps' noise outweighs what they learn.
+        """
         config = TrainConfig(
             epochs=self.refine,
             batch_size=BATCH_SIZE,
             lr=self.refine_lr,
             weight_decay=0.0,
-            distill="soft" if task.shape.num_classes else "feature",
+            distill="feature",
+            ema=REFINE_EMA,
             seed=task.seed,
         )
         if task.data is None:
