@@ -169,12 +169,37 @@ def test_sketches_come_near_the_exact_forms_and_follow_their_seed():
     assert torch.equal(sketched.up, decompose(w, 20, "randomized-svd", seed=3).up)
     pivoted = decompose(w, 20, "qr-pivoted").weight_error
     assert decompose(w, 20, "qr-randomized", seed=3).weight_error <= 1.5 * pivoted
-    # Hard pivoting earns its name where columns come in an unlucky order.
+    # Pivoting earns its name where columns come in an unlucky order.
     unlucky = torch.cat([1e-3 * w[:, :40], w[:, 40:]], 1)
-    assert (
-        decompose(unlucky, 20, "qr-pivoted").weight_error
-        < decompose(unlucky, 20, "qr").weight_error
-    )
+    lost = {kind: decompose(unlucky, 20, kind).weight_error for kind in KINDS}
+    assert max(lost["qr-pivoted"], lost["qr-randomized"]) < 0.8 * lost["qr"]
+    assert lost["lu-complete"] < 0.8 * lost["lu"]
+
+
+@given(st.integers(3, 14), st.integers(3, 14), seeds, st.data())
+def test_complete_pivoting_takes_the_largest_entry_each_time(out, width, seed, data):
+    """Against the textbook's loop; the error is the Schur complement's, within its bound."""
+    w = weights("plain", out, width, seed)
+    rank = data.draw(st.integers(1, min(out, width) - 1))
+    schur = w.clone()
+    for _ in range(rank):
+        row, column = divmod(int(schur.abs().argmax()), width)
+        schur -= torch.outer(schur[:, column], schur[row]) / schur[row, column].clone()
+    error = decompose(w, rank, "lu-complete").weight_error
+    assert error == pytest.approx(float(schur.norm()), rel=1e-8)
+    left = (out - rank) * (width - rank)
+    assert error <= left**0.5 * float(schur.abs().max()) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_rank_is_exact_where_rounding_makes_moments_indefinite(kind):
+    """Sums in single precision over inputs that a LayerNorm has made dependent."""
+    w = weights("plain", 24, 12)
+    c = second_moments(12, 60)
+    values, vectors = torch.linalg.eigh(c)
+    values[0] = -1e-7 * values.mean()
+    found = decompose(w, 12, kind, moments=vectors * values @ vectors.mT)
+    assert found.weight_error < 1e-8 * w.norm()
 
 
 def test_factors_have_the_dtype_of_the_weights():
@@ -188,6 +213,10 @@ def test_what_cannot_be_decomposed_is_refused():
     for rank in (0, 5):
         with pytest.raises(UsageError, match=f"Rank {rank} is not between 1 and 4"):
             decompose(w, rank)
+    with pytest.raises(UsageError, match="5 scores for 6 inputs"):
+        decompose(w, 2, "qr-importance", scores=torch.rand(5))
+    with pytest.raises(UsageError, match="second moments hold"):
+        decompose(w, 2, moments=torch.full((6, 6), float("inf")))
     w[0, 0] = float("nan")
     with pytest.raises(UsageError, match="not finite"):
         decompose(w, 2)

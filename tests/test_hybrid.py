@@ -98,6 +98,8 @@ def test_a_plain_smaller_model_within_the_budget(form, attention, keep, metric, 
     assert attention_is_cut(dense, shape, form)
     if (form, attention, metric) == ("factors", None, "params"):  # within one hidden unit
         assert int(keep * dense.params) - shape.params < 2 * 32 + 1
+        plain = cut(model, vt.Budget(params=0.7), form=form, compensation=False)
+        assert int(0.7 * dense.params) - shape_of(plain).params < 2 * 32 + 1
     assert shape.params == sum(p.numel() for p in small.parameters())
     (step,) = small.vitailor.steps
     assert step.plan.result(dense) == shape

@@ -16,10 +16,12 @@ import vitailor as vt
 from conftest import build, images
 from test_compression import same_state
 from vitailor.budget import cost
-from vitailor.decompose import Decomposition
+from vitailor.decompose import Decomposition, decompose
 from vitailor.errors import BudgetError, UsageError
-from vitailor.hosts import shape_of
+from vitailor.hosts import host_of, shape_of
 from vitailor.methods import VTP, LowRank
+from vitailor.methods.base import Task
+from vitailor.methods.low_rank import weight_of
 from vitailor.plan import BlockPlan, Plan
 from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from vitailor.shape import DENSE
@@ -146,14 +148,71 @@ def test_a_plain_smaller_model_within_the_budget(kind, aware, tmp_path):
     assert torch.allclose(merge_back(small)(x), small(x), atol=1e-5)
 
 
-def full_rank(model: nn.Module, aware: bool) -> nn.Module:
-    """Every projection at its full rank, through the same steps as any rank."""
-    from vitailor.methods.base import Task
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("kind", get_args(Decomposition))
+def test_what_is_built_is_what_was_asked_for(kind, aware):
+    """Weights and recorded errors are those of the decomposition, projection by projection."""
+    model = build().double()
+    method = LowRank(decomposition=kind, activation_aware=aware, share=0.3)
+    small = vt.compress(model, method, vt.Budget(macs=1.0), data=data(model))
+    inputs = method.inputs(task_of(model))
+    facts = small.vitailor.record["facts"]
+    for i, block in enumerate(shape_of(small).blocks):
+        tensors, built = (timm_block(m, i) for m in (model, small))
+        for name, rank in block.ranks:
+            assert (rank is None) is (name in facts["dense"][i])
+            if rank is None:
+                continue
+            weight, moments = weight_of(tensors, name), inputs[i].get(name)
+            second = None if moments is None else moments.covariance
+            expected = decompose(weight, rank, kind, moments=second)
+            torch.testing.assert_close(weight_of(built, name), expected.product)
+            lost = weight - expected.product
+            error = (
+                lost.norm() / weight.norm()
+                if second is None
+                else ((lost @ second * lost).sum() / (weight @ second * weight).sum()).sqrt()
+            )
+            assert facts["errors"][i][name] == pytest.approx(float(error), rel=1e-6)
 
-    shape = shape_of(model)
-    task = Task(
+
+def test_layer_scale_weighs_what_is_written():
+    """As if it were part of the weights."""
+    model = build(init_values=1.0, embed_dim=32)
+    gain = torch.linspace(0.01, 3, 32)
+    folded = copy.deepcopy(model)
+    with torch.no_grad():
+        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
+            for ls, layer, other in (
+                (scaled.ls1, plain.attn.proj, plain.ls1),
+                (scaled.ls2, plain.mlp.fc2, plain.ls2),
+            ):
+                ls.gamma.copy_(gain)
+                layer.weight *= gain.unsqueeze(1)
+                layer.bias *= gain
+                other.gamma.fill_(1)
+    x = images(model, 16)
+    torch.testing.assert_close(model(x), folded(x), rtol=1e-4, atol=1e-5)
+    method = LowRank(projections=("out", "fc2"), share=0.4)
+    a, b = (vt.compress(m, method, vt.Budget(macs=1.0), data=[x]) for m in (model, folded))
+    torch.testing.assert_close(a(x), b(x), rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision():
+    """Inputs as large as real ones: their squares do not fit in half precision."""
+    for dtype in (torch.float16, torch.bfloat16):
+        model = build()
+        with torch.no_grad():
+            model.blocks[0].norm2.weight.fill_(60)
+        small = cut(LowRank(), vt.Budget(params=0.75), model.to(dtype))
+        errors = small.vitailor.record["facts"]["errors"]
+        assert all(0 <= error < 1 for own in errors for error in own.values())
+
+
+def task_of(model: nn.Module) -> Task:
+    return Task(
         model=model,
-        shape=shape,
+        shape=shape_of(model),
         budget=vt.Budget(macs=0.9),
         data=vt.data.open_images(data(model), None),
         device=torch.device("cpu"),
@@ -161,6 +220,16 @@ def full_rank(model: nn.Module, aware: bool) -> nn.Module:
         seed=0,
         progress=lambda done, total: None,
     )
+
+
+def timm_block(model: nn.Module, i: int) -> dict[str, Tensor]:
+    host = host_of(model)
+    return host.read(host.block(model, i))
+
+
+def full_rank(model: nn.Module, aware: bool) -> nn.Module:
+    """Every projection at its full rank, through the same steps as any rank."""
+    shape, task = shape_of(model), task_of(model)
     method = LowRank(activation_aware=aware)
     blocks = tuple(
         BlockPlan(ranks={name: min(sizes) for name, sizes in own.items()})
@@ -243,6 +312,8 @@ def test_what_cannot_work_is_refused():
     ):
         with pytest.raises(error, match=message):
             cut(LowRank(**settings), vt.Budget(params=budget), model)
+    with pytest.raises(UsageError, match="share fixes the sizes"):
+        vt.compress(model, LowRank(share=0.5), vt.Budget(latency=0.5), data=data(model))
     with pytest.raises(UsageError, match="calibration images"):
         vt.compress(model, LowRank(), vt.Budget(params=0.8))
     plain = vt.compress(model, LowRank(activation_aware=False), vt.Budget(params=0.8))

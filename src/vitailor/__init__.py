@@ -38,6 +38,7 @@ _HOMES = {
     "from_pretrained": "artifact",
     "inspect": "inspection",
     "load": "artifact",
+    "merge_back": "surgery",
     "paired_difference": "evaluation",
     "push_to_hub": "artifact",
     "report": "reporting",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .reporting import report
     from .searching import search
     from .shape import ViTShape
+    from .surgery import merge_back
     from .trainer import train
     from .training import TrainConfig
 
@@ -104,6 +106,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "load",
+    "merge_back",
     "paired_difference",
     "push_to_hub",
     "report",

@@ -40,7 +40,7 @@ class Moments:
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add vectors x (..., n), optionally weighted by (...)."""
-        flat = x.flatten(0, -2)
+        flat = wide(x).flatten(0, -2)
         weighted = flat if weight is None else flat * weight.flatten().unsqueeze(-1)
         self.count += float(flat.shape[0] if weight is None else weight.sum())
         self.total += weighted.sum(0).double()
@@ -80,6 +80,11 @@ class BlockMoments:
     mlp_input: Moments
     hidden: Moments
     attn_input: Moments | None = None
+
+
+def wide(x: Tensor) -> Tensor:
+    """In single precision at least: squares of half precision overflow, and distances are mostly rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def images_of(batch: Tensor | tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
@@ -148,15 +153,15 @@ def _listen(
     block = host.block(model, index)
 
     def on_attention(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_BND = args[0]
+        x_BND = wide(args[0])
         if "attn_features" in weights:
             x_BND = x_BND[..., weights["attn_features"]]
         if found.attn_input is not None:
             found.attn_input.add(x_BND)
         for name, into in (("q", found.query), ("k", found.key)):
-            y_BHNK = torch.einsum("bnd,hkd->bhnk", x_BND, weights[f"{name}.weight"])
+            y_BHNK = torch.einsum("bnd,hkd->bhnk", x_BND, wide(weights[f"{name}.weight"]))
             if name == "q" and "q.bias" in weights:
-                y_BHNK = y_BHNK + weights["q.bias"].unsqueeze(1)
+                y_BHNK = y_BHNK + wide(weights["q.bias"]).unsqueeze(1)
             if name == "k":
                 y_BHNK = y_BHNK - y_BHNK.mean(2, keepdim=True)
             into += torch.einsum("bhnk,bhnl->hkl", y_BHNK, y_BHNK).double()

@@ -6,8 +6,9 @@ applied to the weights, W_r = P W, in factors `up` (out, r) and `down` (r, in):
 
     svd             P = U U^T with the leading left singular vectors. No other W_r of that rank is nearer to W:
                     the squared error is the sum of the squared singular values beyond r (Eckart and Young).
-    randomized-svd  the same from a sketch and two power iterations (Halko et al. 2011), for wide layers; its
-                    expected error is within a small factor of the optimum, and never below it.
+    randomized-svd  the same from a sketch and two power iterations (Halko et al. 2011), for wide layers. A
+                    sketch of r + 10 columns misses at most sqrt(1 + r / 9) times the optimum in expectation,
+                    before the iterations, each of which brings it nearer.
     qr              Householder QR without pivoting: P projects onto the span of the first r columns of W,
                     which are kept exactly. The error is that of the remaining columns outside this span,
                     the norm of R[r:, r:].
@@ -18,13 +19,15 @@ applied to the weights, W_r = P W, in factors `up` (out, r) and `down` (r, in):
                     is cheaper for tall W; the error is again the norm of R[r:, r:].
     lu              LU with partial pivoting, P W = L U: the first r columns and the r pivot rows are kept
                     exactly. The error is the norm of the Schur complement.
-    lu-complete     LU with complete pivoting: rows and columns are chosen together.
+    lu-complete     LU with complete pivoting: rows and columns are chosen together. The error is again that
+                    norm, at most sqrt((m - r) (n - r)) times the next pivot, its largest entry.
 
 numpy's four QR modes are no four decompositions: "reduced" and "complete" hold the same first r columns of
 Q, "r" is R alone, and "raw" is LAPACK's packed form of the same; all give the same W_r, that of `qr`.
 
-Given the span of P, P W is the best there is, whatever the inputs are; so the activation-aware forms differ
-in the span alone. With second moments C = S S^T of the inputs, the span is chosen from W S, so that the error
+Where P is orthogonal (all but LU, which keeps rows exact instead), P W is the best there is for its span, whatever
+the inputs are; so the activation-aware forms differ in the span alone. The bounds hold for W, or in those forms for
+the W S that the span is chosen from. With second moments C = S S^T of the inputs, the span is chosen from W S, so that the error
 of the outputs, E |W x - W_r x|^2 = tr((W - W_r) C (W - W_r)^T), is made small. For SVD this is the principal
 components of the outputs, and optimal. For QR and LU, S is the Cholesky factor: a column then is a feature
 together with what it predicts of the features after it. No inverse of C is taken, so it may be singular, and
@@ -117,6 +120,15 @@ def decompose(
     if not torch.isfinite(exact).all():
         raise UsageError("The weights hold values that are not finite.", "Repair the model first.")
     second = None if moments is None else moments.detach().double()
+    if second is not None and not torch.isfinite(second).all():
+        raise UsageError(
+            "The second moments hold values that are not finite.",
+            "Calibrate in float32 or bfloat16.",
+        )
+    if scores is not None and len(scores) != width:
+        raise UsageError(
+            f"There are {len(scores)} scores for {width} inputs.", "Give one for each."
+        )
     generator = torch.Generator().manual_seed(seed)
     if kind in ("svd", "randomized-svd"):
         seen = exact if second is None else _rooted(exact, second)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calibrate import Batches, images_of
+from .calibrate import Batches, images_of, wide
 from .errors import DataError, UsageError
 from .hosts import host_of
 from .layers import Block
@@ -237,10 +237,7 @@ def score(
         if predicted is None:
             return
         x_HBN = (
-            _wide(mixed_BNV)
-            .unflatten(-1, (shape.blocks[i].num_heads, -1))
-            .mean(-1)
-            .permute(2, 0, 1)
+            wide(mixed_BNV).unflatten(-1, (shape.blocks[i].num_heads, -1)).mean(-1).permute(2, 0, 1)
         )
         relevant = relevance(x_HBN, predicted, bandwidths, estimator)
         add(i, "heads", relevant - redundancy_weight * redundancy(x_HBN, bandwidths, estimator))
@@ -248,7 +245,7 @@ def score(
     def on_neurons(i: int, hidden_BNF: Tensor) -> None:
         if predicted is None:
             return
-        x_FNB = _wide(hidden_BNF).permute(2, 1, 0).contiguous()
+        x_FNB = wide(hidden_BNF).permute(2, 1, 0).contiguous()
         add(i, "relevance", relevance(x_FNB.mT, predicted, bandwidths, estimator))
         add(i, "activity", x_FNB.abs().mean((1, 2)))
 
@@ -259,7 +256,7 @@ def score(
         weight = values["v.weight"].flatten(0, 1)
         seen = read_BND[..., values["attn_features"]] if "attn_features" in values else read_BND
         bias = values["v.bias"].flatten() if "v.bias" in values else None
-        x_NBV = _wide(F.linear(seen, weight, bias)).transpose(0, 1).contiguous()
+        x_NBV = wide(F.linear(seen, weight, bias)).transpose(0, 1).contiguous()
         add(i, "tokens", relevance(x_NBV, predicted, bandwidths, estimator))
 
     readers: dict[str, Reader] = {"attn.proj": on_heads, "mlp.fc2": on_neurons}
@@ -274,7 +271,7 @@ def score(
         for batch in batches:
             x = images_of(batch).to(device)
             images, predicted = len(x), None
-            outputs = _wide(model(x))
+            outputs = wide(model(x))
             predicted = outputs.softmax(-1) if shape.num_classes > 1 else outputs.flatten(1)
             model(x)
             count += images
@@ -306,11 +303,6 @@ def _listen(block: Block, i: int, readers: dict[str, Reader]) -> Iterator[Remova
         yield block.get_submodule(name).register_forward_pre_hook(
             lambda _, args, tell=tell: tell(i, args[0])
         )
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In single precision at least: distances of features in half precision are mostly rounding."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unit(scores: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def insert_gates(model: nn.Module, placement: Placement = "inputs") -> nn.Module
         if sizes.ranks.factors_qkv and placement != "hidden":
             raise UnsupportedModelError(
                 f"blocks.{i}: Q, K and V are factored apart, so they cannot share a gate.",
-                "Multiply the factors out first (vitailor.surgery.merge_back).",
+                "Multiply the factors out first (vitailor.merge_back).",
             )
         if placement == "outputs" and (sizes.qk_dim != sizes.v_dim or shape.qk_norm):
             raise UnsupportedModelError(

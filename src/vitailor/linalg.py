@@ -10,10 +10,12 @@ def sqrt_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
     """Symmetric square root of a (batch of) positive semi-definite matrices (..., n, n).
 
     `ridge` is added to the diagonal as a fraction of the mean diagonal, so that a singular matrix gets
-    an invertible root.
+    an invertible root; also where rounding has left a matrix not quite positive.
     """
-    values, vectors = torch.linalg.eigh(add_ridge(matrix, ridge))
-    root: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    raised = add_ridge(matrix, ridge)
+    values, vectors = torch.linalg.eigh(raised)
+    floor = ridge * raised.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(0)
+    root: Tensor = (vectors * values.maximum(floor).sqrt().unsqueeze(-2)) @ vectors.mT
     return root
 
 

@@ -160,22 +160,23 @@ def _filled_up(
     limit: int,
     spent: Callable[[Sequence[int]], int],
 ) -> list[int]:
-    """One step more at a time where it gains most for what it costs, until none fits."""
+    """More where it gains most for what it costs, until nothing that fits gains. Losses need not fall at every
+    step: where one does not, a later one may."""
     left = limit - spent(picks)
     while True:
-        best, gain = None, 0.0
+        best, gain = (0, 0), 0.0
         for i, (_, lost, costs) in enumerate(tables):
             pick = picks[i]
-            if pick + 1 >= len(lost):
-                continue
-            extra = int(costs[pick + 1] - costs[pick])
-            worth = float(lost[pick] - lost[pick + 1]) / max(extra, 1)
-            if extra <= left and worth > gain:
-                best, gain = i, worth
-        if best is None:
+            extra = costs[pick + 1 :] - costs[pick]
+            worth = (lost[pick] - lost[pick + 1 :]) / extra.clamp_min(1)
+            worth[extra > left] = 0
+            if len(worth) and float(worth.max()) > gain:
+                best, gain = (i, pick + 1 + int(worth.argmax())), float(worth.max())
+        if not gain:
             return picks
-        left -= int(tables[best][2][picks[best] + 1] - tables[best][2][picks[best]])
-        picks[best] += 1
+        i, pick = best
+        left -= int(tables[i][2][pick] - tables[i][2][picks[i]])
+        picks[i] = pick
 
 
 def _saving(spectrum: Spectrum, rank: int) -> int | None:

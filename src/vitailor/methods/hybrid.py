@@ -103,7 +103,7 @@ class Hybrid(Method):
         if any(block.ranks != DENSE for block in shape.blocks):
             raise UsageError(
                 "The model has low-rank projections already.",
-                "Multiply them out first (vitailor.surgery.merge_back).",
+                "Multiply them out first (vitailor.merge_back).",
             )
         if self.form == "factors" and self.attention is not None and self.attention < 1:
             flat = flat_spectra(shape, ATTENTION)

@@ -25,6 +25,7 @@ from ..calibrate import BlockMoments, Moments, dense_sweep
 from ..decompose import Decomposition, decompose, energies
 from ..errors import DataError, UsageError
 from ..hosts import Tensors, host_of
+from ..layers import Block
 from ..plan import BlockPlan, Plan
 from ..ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from ..shape import DENSE, ViTShape
@@ -48,7 +49,11 @@ class LowRank(Method):
         energy: the least rank that keeps this share of the energy, instead.
         step: ranks that are shared out are multiples of it.
 
-    With `share` or `energy` the budget is only checked.
+    With `share` or `energy` the budget, in MACs or parameters, is only checked. A projection that two thinner ones
+    would not make smaller stays as it is; the record's "dense" names these, block by block.
+
+    Rows of what is written to the residual stream count as layer scale weighs them, where there is any. For
+    "qr-importance" the scores are measured: each input's share in the output.
 
     Attention can be had at low rank without a second multiplication: W_q W_k^T and W_v W_o of each head are
     products already, and at a lower rank the head is smaller. `ClosedForm(dimensions=("qk", "v"))` does
@@ -71,10 +76,16 @@ class LowRank(Method):
     def check(self, shape: ViTShape, budget: Budget) -> None:
         if self.share is not None and self.energy is not None:
             raise UsageError("Both share and energy are given.", "Give one of them, or none.")
+        fixed = "share" if self.share is not None else "energy"
+        if not self._shares_out and budget.metric not in ("macs", "params"):
+            raise UsageError(
+                f"{fixed} fixes the sizes, so that a latency cannot be met.",
+                f"Leave {fixed} out, or give a budget in MACs or parameters.",
+            )
         if any(block.ranks != DENSE for block in shape.blocks):
             raise UsageError(
                 "The model has low-rank projections already.",
-                "Multiply them out first (vitailor.surgery.merge_back).",
+                "Multiply them out first (vitailor.merge_back).",
             )
         if (
             self._shares_out
@@ -100,7 +111,11 @@ class LowRank(Method):
         nearest = copy.deepcopy(task.model)
         errors = self.decompose(nearest, plan, inputs, task.seed)
         task.progress(3, 3)
-        return Outcome(apply(nearest, plan), plan, {"errors": errors})
+        dense = [
+            [name for name, rank in block.ranks if rank is None and name in self.projections]
+            for block in plan.blocks
+        ]
+        return Outcome(apply(nearest, plan), plan, {"errors": errors, "dense": dense})
 
     def _leaves(self, task: Task) -> bool:
         """Whether there is nothing to do."""
@@ -147,7 +162,7 @@ class LowRank(Method):
         for i, known in enumerate(inputs):
             tensors = host.read(host.block(model, i))
             for name in self.projections:
-                weight = weight_of(tensors, name)
+                weight = _scaled(weight_of(tensors, name), _gain(host.block(model, i), name))
                 moments = _second(known.get(name), centred=_bias(tensors, name) is not None)
                 out, width = weight.shape
                 found.append(Spectrum(i, name, width, out, energies(weight, moments)))
@@ -168,15 +183,18 @@ class LowRank(Method):
             for name, rank in block_plan.ranks:
                 if rank is None:
                     continue
-                weight, bias, moments = (
-                    weight_of(tensors, name),
+                gain, bias, moments = (
+                    _gain(block, name),
                     _bias(tensors, name),
                     known.get(name),
                 )
+                weight = _scaled(weight_of(tensors, name), gain)
                 second = _second(moments, centred=bias is not None)
                 found = decompose(weight, rank, self.decomposition, moments=second, seed=seed)
                 nearest = found.product
-                lost = weight.double() - nearest.double()
+                if gain is not None:
+                    nearest = nearest / gain.unsqueeze(1)
+                lost = weight_of(tensors, name).double() - nearest.double()
                 tensors[f"{name}.weight"] = nearest.reshape(tensors[f"{name}.weight"].shape)
                 if bias is not None and moments is not None:
                     shifted = bias.double().flatten() + lost @ moments.mean
@@ -185,6 +203,25 @@ class LowRank(Method):
             host.write(block, tensors, DENSE)
             told.append(errors)
         return told
+
+
+#: Layer scale of a row counts at least this share of the mean one: rows that count nothing could not be had back.
+LEAST_GAIN = 1e-3
+
+
+def _gain(block: Block, name: str) -> Tensor | None:
+    """(out,) by how much the block's residual stream takes what a projection writes, where it is scaled."""
+    gains = dict(zip(("out", "fc2"), block.gains(), strict=True))
+    gain = gains.get(name)
+    if gain is None:
+        return None
+    size: Tensor = gain.abs()
+    floored: Tensor = size.clamp_min(float(LEAST_GAIN * size.mean()) or 1.0)
+    return floored
+
+
+def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
+    return weight if gain is None else weight * gain.unsqueeze(1)
 
 
 #: Moments of what each projection of a block reads.
