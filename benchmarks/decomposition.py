@@ -36,6 +36,7 @@ from vitailor.methods.low_rank import Inputs, inputs_of, weight_of
 from vitailor.models import open_model
 from vitailor.plan import BlockPlan, Plan
 from vitailor.preprocessing import resolve_preprocessing
+from vitailor.provenance import weights_hash
 from vitailor.ranks import Spectrum, at_share, with_ranks, within_budget
 from vitailor.surgery import apply
 
@@ -86,12 +87,15 @@ class Ready:
         inputs: list[Inputs] = self.inputs if aware else [{} for _ in self.inputs]
         nearest, began = copy.deepcopy(self.model), time.perf_counter()
         LowRank(decomposition=kind, activation_aware=aware).decompose(nearest, plan, inputs, 0)
-        seconds = time.perf_counter() - began
-        return apply(nearest, plan), seconds
+        small = apply(nearest, plan)
+        return small, time.perf_counter() - began
 
-    def errors(self, small: nn.Module) -> tuple[float, float]:
+    def errors(self, small: nn.Module, aware: bool) -> tuple[float, float]:
         """What is lost of the weights and of the outputs' variation, in the mean over the projections that
-        are decomposed, as shares of what was there (of norms, not of squares)."""
+        are decomposed, as shares of what was there (of norms, not of squares).
+
+        In the activation-aware form biases take up what is lost of the mean; in the plain form that is lost too.
+        """
         host, lost = host_of(small), []
         for i, inputs in enumerate(self.inputs):
             was = host.read(host.block(self.model, i))
@@ -100,11 +104,12 @@ class Ready:
                 if rank is None:
                     continue
                 old, new = (weight_of(tensors, name).double() for tensors in (was, now))
-                seen = inputs[name].covariance
+                own = inputs[name]
+                seen = own.covariance if aware else own.second / own.count
                 lost.append(
                     (
                         float((old - new).norm() / old.norm()),
-                        float((_energy(old - new, seen) / _energy(old, seen)).sqrt()),
+                        float((_energy(old - new, seen) / _energy(old, own.covariance)).sqrt()),
                     )
                 )
         weights, outputs = torch.tensor(lost).mean(0).tolist()
@@ -137,6 +142,7 @@ class Bench:
         )
         self.few = validation.draw(FEW, 0)
         self.done = {(r["model"], r["row"], r["keep"]) for r in read(log)}
+        self.weights = {r["model"]: r["weights"] for r in read(log) if "weights" in r}
 
     def record(self, model: str, row: str, keep: float, small: nn.Module, **facts: object) -> None:
         found = vt.evaluate(small, self.few)
@@ -161,17 +167,21 @@ class Bench:
 
     def decompositions(self, name: str, model: nn.Module) -> None:
         """Every decomposition of one model."""
+        weights = weights_hash(model)
+        if self.weights.setdefault(name, weights) != weights:
+            raise SystemExit(f"The log's rows of '{name}' are of another model: take another log.")
         todo = [key for key in rows() if (name, title(*key[:2]), key[2]) not in self.done]
         if (name, "as it is", 1.0) not in self.done:
-            self.record(name, "as it is", 1.0, model)
+            self.record(name, "as it is", 1.0, model, weights=weights)
         if not todo:
             return
         ready = Ready.of(name, model, self.calibration)
         for kind, aware, keep in todo:
             small, seconds = ready.decomposed(kind, aware, keep)
-            weights, outputs = ready.errors(small)
-            errors = {"weight_error": weights, "output_error": outputs, "seconds": seconds}
-            self.record(name, title(kind, aware), keep, small, **errors)
+            lost = dict(
+                zip(("weight_error", "output_error"), ready.errors(small, aware), strict=True)
+            )
+            self.record(name, title(kind, aware), keep, small, **lost, seconds=seconds)
 
     def hybrids(self) -> None:
         """The hybrid beside what it combines, at equal MACs."""
@@ -216,7 +226,9 @@ def takes(name: str, log: Path) -> None:
     target = with_ranks(shape, spectra, at_share(spectra, 0.4))  # every projection
     plan = Plan(blocks=tuple(BlockPlan(ranks=block.ranks) for block in target.blocks))
     ranked = time.perf_counter()
-    method.decompose(copy.deepcopy(model), plan, inputs, 0)
+    nearest = copy.deepcopy(model)
+    method.decompose(nearest, plan, inputs, 0)
+    apply(nearest, plan)
     ended = time.perf_counter()
     row = {
         "model": "cost",
@@ -270,7 +282,8 @@ def page(found: list[dict]) -> str:
         "The ViT-Ti/16 on Tiny-ImageNet, all six projections of every block, nothing trained; ranks are",
         "shared out by water-filling so that the given share of all parameters stays, by the energies of the",
         "outputs (activation-aware) or of the weights (plain). Errors are means over projections of what is",
-        "lost of the weights' norm and of the outputs' root mean square variation, as shares. Top-1 is of a",
+        "lost of the weights' norm and of the outputs' root mean square variation, as shares; in the activation-aware",
+        "form biases take up what is lost of the mean. Which projections stay dense depends on the spectra. Top-1 is of a",
         "fixed draw of 1,000 validation images, equally many of each class. Made by",
         "`python benchmarks/decomposition.py`; the rows are in `benchmarks/results/decomposition.jsonl`.",
         "",
