@@ -65,12 +65,13 @@ def page(runs: list[dict]) -> str:
     if not runs:
         return ""
     known = runs[-1]["conditions"]
+    rounds = " or ".join(str(n) for n in sorted({run["conditions"]["rounds"] for run in runs}))
     lines = [
         "## Speed",
         "",
         f"The ViT-Ti/16 for Tiny-ImageNet at {KEEP:g} of the MACs on {known['hardware']}, float32, torch "
         f"{known['versions']['torch']}, {known['date'][:10]}. Speed-ups over",
-        f"the dense model, medians of {known['rounds']} interleaved rounds, one number for each run. Made by",
+        f"the dense model, medians of {rounds} interleaved rounds, one number for each run. Made by",
         "`python benchmarks/speed.py`.",
         "",
         "| model | MAC ratio | threads | batch | dense ms | speed-ups |",
