@@ -266,5 +266,5 @@ _COLUMNS: dict[str, Callable[[Tensor, int, torch.Generator], Span]] = {
 def _rooted(weight: Tensor, moments: Tensor) -> Tensor:
     """A matrix X with X X^T = W C W^T, by a root on the narrower side."""
     if moments.shape[0] <= weight.shape[0]:
-        return weight @ sqrt_psd(moments, RIDGE)
+        return weight @ sqrt_psd(moments, RIDGE, RIDGE)
     return sqrt_psd(weight @ add_ridge(moments, RIDGE) @ weight.mT)

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 
-def sqrt_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
+def sqrt_psd(matrix: Tensor, ridge: float = 0.0, least: float = 0.0) -> Tensor:
     """Symmetric square root of a (batch of) positive semi-definite matrices (..., n, n).
 
     `ridge` is added to the diagonal as a fraction of the mean diagonal, so that a singular matrix gets
-    an invertible root; also where rounding has left a matrix not quite positive.
+    an invertible root. No eigenvalue counts less than `least`, likewise a fraction: rounding may have left a
+    matrix not quite positive.
     """
     raised = add_ridge(matrix, ridge)
     values, vectors = torch.linalg.eigh(raised)
-    floor = ridge * raised.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(0)
+    floor = least * raised.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(0)
     root: Tensor = (vectors * values.maximum(floor).sqrt().unsqueeze(-2)) @ vectors.mT
     return root
 
@@ -24,7 +25,7 @@ def cholesky_psd(matrix: Tensor, ridge: float = 0.0) -> Tensor:
     singular, or by rounding not quite positive."""
     lower, failed = torch.linalg.cholesky_ex(add_ridge(matrix, ridge))
     if failed.item():
-        lower = torch.linalg.qr(sqrt_psd(matrix, ridge))[1].mT
+        lower = torch.linalg.qr(sqrt_psd(matrix, ridge, ridge))[1].mT
     root: Tensor = lower
     return root
 
