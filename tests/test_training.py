@@ -27,6 +27,7 @@ from vitailor.training import Event, TrainConfig, fit
 from vitailor.training.images import Augmentation, GlobalBatches, Seeded, reseed
 from vitailor.training.losses import teacher_loss, total_loss
 from vitailor.training.prepare import parameter_groups
+from vitailor.training.progress import Meter
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hflip": 0.0}
 
@@ -433,6 +434,14 @@ def test_trackers_are_told(tmp_path, monkeypatch):
     with pytest.raises(TrainingError):
         fit(build(), config, dataset(), folder=tmp_path, **nan)
     assert finished == [1, 1]
+
+
+def test_forecasts_are_made_of_this_runs_speed():
+    meter = Meter(seen=100, seconds=50.0)
+    assert (meter.overall, meter.speed, meter.seconds_for(7)) == (2, 0, float("inf"))
+    meter.add(100, 10.0)
+    assert (meter.speed, meter.seconds_for(30)) == (10, 3)
+    assert meter.overall == pytest.approx(200 / 60)
 
 
 # -- interruptions -------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from .preprocessing import Preprocessing, resolve_preprocessing
 from .provenance import Provenance, Step, provenance_of, weights_hash
 from .shape import ViTShape
 from .training import Augmentation, require_float32
+from .training.checkpoints import first_process
 
 #: Images of a folder that are calibrated on, unless told otherwise.
 IMAGES = 512
@@ -259,7 +260,7 @@ def _with_training(
     config = method.trains
     if method.resumable:
         place = None if folder is None else Path(folder)
-        if place is not None and not resume and os.environ.get("RANK", "0") == "0":
+        if place is not None and not resume and first_process():
             stages.clear(place)
         task = replace(task, folder=place, resume=resume, on_event=on_event)
     if config is None and train is None:

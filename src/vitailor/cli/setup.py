@@ -95,10 +95,11 @@ def device_of(name: str | None) -> str:
     """
     import torch
 
-    if name is None and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if "LOCAL_RANK" in os.environ else "cuda"
     if name is None:
-        return "cpu"
+        # Each of several processes on a machine has a GPU of its own.
+        rank = os.environ.get("LOCAL_RANK")
+        own = "cuda" if rank is None else f"cuda:{rank}"
+        return own if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

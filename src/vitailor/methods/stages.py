@@ -88,7 +88,7 @@ def agreed(
         shared = [found]
         torch.distributed.broadcast_object_list(shared, src=0)
         found = shared[0]
-    if task.folder is not None and os.environ.get("RANK", "0") == "0":
+    if task.folder is not None and checkpoints.first_process():
         checkpoints.save(task.folder, name, found)
     return found
 

@@ -8,11 +8,9 @@ for bit.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from .prepare import (
     on_device,
     optimizer_for,
 )
+from .progress import Event, Meter, TrainResult
 from .teacher import consult, lookup
 
 #: Adds to the loss from the model alone, e.g. an L1 norm of gates.
@@ -50,51 +49,6 @@ AfterUpdate = Callable[[nn.Module, float], None]
 BeforeUpdate = Callable[[nn.Module, int], None]
 #: Looks at a model after each epoch and says what is worth telling, by name.
 Observe = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Where training stands, after an update or, with `top1`, after an epoch's validation.
-
-    Attributes:
-        epoch, epochs: the present one, counted from 1, and how many; 0 while the teacher's outputs are
-            collected beforehand.
-        update, updates: of this epoch.
-        loss: mean over the epoch so far.
-        lr: of the weights.
-        images_per_s: over all processes, since the start of this run.
-        seconds_left: at that speed.
-        top1: on the validation images, in percent.
-        observed: after an epoch, what the caller wanted looked at.
-    """
-
-    epoch: int
-    epochs: int
-    update: int
-    updates: int
-    loss: float
-    lr: float
-    images_per_s: float
-    seconds_left: float
-    top1: float | None = None
-    observed: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out of training.
-
-    Attributes:
-        epochs: how many were done in all.
-        losses: mean loss of each epoch.
-        top1: validation accuracy after each epoch, in percent; empty without validation images.
-        images_per_s: over all processes, validation apart.
-    """
-
-    epochs: int
-    losses: tuple[float, ...]
-    top1: tuple[float, ...]
-    images_per_s: float
 
 
 def fit(
@@ -141,7 +95,7 @@ def fit(
     """
     check(model, config, images, teacher)
     home = next(model.parameters()).device
-    if folder is not None and not resume and os.environ.get("RANK", "0") == "0":
+    if folder is not None and not resume and checkpoints.first_process():
         checkpoints.clear(folder)
     with on_device(device), generators_as_before():
         accelerator = accelerator_for(config, device, folder)
@@ -225,8 +179,7 @@ class _Run:
             )
         self.losses: list[float] = []
         self.top1: list[float] = []
-        self.seen, self.seconds = 0, 0.0
-        self.seen_before, self.seconds_before = 0, 0.0
+        self.meter = Meter()
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -259,8 +212,8 @@ class _Run:
             update, total = 0, 0.0
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
-        speed = self.seen / self.seconds if self.seconds else 0.0
-        return TrainResult(len(self.losses), tuple(self.losses), tuple(self.top1), speed)
+        done = (tuple(self.losses), tuple(self.top1))
+        return TrainResult(len(self.losses), *done, self.meter.overall)
 
     def _epoch(self, epoch: int, first: int, total: float) -> None:
         config, accelerator = self.config, self.accelerator
@@ -270,8 +223,7 @@ class _Run:
             started = time.perf_counter()
             self.wrapped.train()
             total += self._update(epoch, update, found)
-            self.seen += config.batch_size
-            self.seconds += time.perf_counter() - started
+            self.meter.add(config.batch_size, time.perf_counter() - started)
             every = config.checkpoint_every
             if every and (update + 1) % every == 0 and update + 1 < self.updates:
                 self._save(checkpoints.LAST, epoch, update + 1, total)
@@ -380,21 +332,17 @@ class _Run:
     ) -> None:
         if self.on_event is None or not self.accelerator.is_main_process:
             return
-        seconds = self.seconds - self.seconds_before
-        speed = (self.seen - self.seen_before) / seconds if seconds else 0.0
         left = (self.config.epochs - epoch) * self.updates - update
-        seconds = left * self.config.batch_size / speed if speed else math.inf
-        epochs = self.config.epochs
         self.on_event(
             Event(
                 epoch + 1,
-                epochs,
+                self.config.epochs,
                 update,
                 self.updates,
                 loss,
                 self._lr(),
-                speed,
-                seconds,
+                self.meter.speed,
+                self.meter.seconds_for(left * self.config.batch_size),
                 top1,
                 observed or {},
             )
@@ -412,8 +360,8 @@ class _Run:
             "epoch": epoch,
             "update": update,
             "total": total,
-            "seen": self.seen,
-            "seconds": self.seconds,
+            "seen": self.meter.seen,
+            "seconds": self.meter.seconds,
             "losses": self.losses,
             "top1": self.top1,
             "model": self.model.state_dict(),
@@ -441,8 +389,7 @@ class _Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.losses, self.top1 = list(state["losses"]), list(state["top1"])
-        self.seen, self.seconds = state["seen"], state["seconds"]
-        self.seen_before, self.seconds_before = self.seen, self.seconds
+        self.meter = Meter(state["seen"], state["seconds"])
         return state["epoch"], state["update"], state["total"]
 
     def _last_good(self) -> str:
