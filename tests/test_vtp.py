@@ -138,6 +138,21 @@ def test_sparse_training_may_have_its_own_learning_rate():
     assert epochs == {"sparse training": 1, "fine-tuning": SHORT.epochs}
 
 
+def test_bad_input_leaves_checkpoints_and_a_fresh_start_does_not(tmp_path):
+    method = VTP(training=SHORT, stage="sparse")
+    prune(method, folder=tmp_path)
+    last = tmp_path / "sparse" / "last.pt"
+    before = last.read_bytes()
+    with pytest.raises(UsageError, match="does not search"):
+        prune(method, folder=tmp_path, reward=data(build()))
+    assert last.read_bytes() == before
+    stale = tmp_path / "finetune" / "last.pt"
+    stale.parent.mkdir()
+    stale.write_bytes(before)
+    prune(method, folder=tmp_path)
+    assert not stale.exists()
+
+
 def test_a_proximal_step_makes_gates_zero_and_a_penalty_does_not():
     for proximal, zero in ((True, True), (False, False)):
         method = VTP(training=SHORT, stage="sparse", proximal=proximal, l1=50.0)

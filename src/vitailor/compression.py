@@ -108,6 +108,7 @@ def compress(
         raise UsageError(
             "The accuracy given is not on the images to evaluate on.", "Leave before= out."
         )
+    _begin_anew(task)
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
@@ -176,6 +177,7 @@ def plan_only(
         task, data, train, method, preprocessing, class_map, folder, resume, on_event
     )
     task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
+    _begin_anew(task)
     with _undisturbed(seed):
         shape = method.plan(task).result(task.shape)
     _check_budget(budget, task.shape, shape)
@@ -260,8 +262,6 @@ def _with_training(
     config = method.trains
     if method.resumable:
         place = None if folder is None else Path(folder)
-        if place is not None and not resume and first_process():
-            stages.clear(place)
         task = replace(task, folder=place, resume=resume, on_event=on_event)
     if config is None and train is None:
         return task
@@ -323,6 +323,12 @@ def _with_reward(
             "Put them in class folders, or choose settings that need no labels.",
         )
     return replace(task, on_trial=on_trial)
+
+
+def _begin_anew(task: Task) -> None:
+    """Remove checkpoints of an earlier run, unless it is resumed. Last of all: bad input must lose nothing."""
+    if task.folder is not None and not task.resume and first_process():
+        stages.clear(task.folder)
 
 
 def _map_for(data: Data, class_map: ClassMap | None, labels: bool) -> ClassMap | None:
