@@ -26,7 +26,7 @@ from vitailor.preprocessing import Preprocessing
 from vitailor.training import Event, TrainConfig, fit
 from vitailor.training.images import Augmentation, GlobalBatches, Seeded, reseed
 from vitailor.training.losses import teacher_loss, total_loss
-from vitailor.training.prepare import parameter_groups
+from vitailor.training.prepare import optimizer_for, parameter_groups
 from vitailor.training.progress import Meter
 
 QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-3, "hflip": 0.0}
@@ -205,6 +205,20 @@ def test_gates_have_their_own_learning_rate_and_no_decay():
         [p.detach().flatten() for n, p in model.named_parameters() if not n.endswith(".gate")]
     )
     torch.testing.assert_close(kept, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fused"),
+    [
+        ({}, True),
+        ({"optimizer": "sgd"}, True),
+        ({"optimizer": "lion"}, None),
+        ({"precision": "fp16"}, None),
+    ],
+)
+def test_an_update_is_one_kernel_where_there_is_one(settings, fused):
+    optimizer = optimizer_for(build(), TrainConfig(**settings))
+    assert optimizer.param_groups[0].get("fused") is fused
 
 
 def test_matrices_alone_decay():
