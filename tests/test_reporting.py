@@ -16,7 +16,7 @@ from vitailor.artifact import load, save
 from vitailor.errors import ArtifactError
 from vitailor.evaluation import wilson_interval
 from vitailor.hosts import shape_of
-from vitailor.methods import VTP
+from vitailor.methods import METHODS, VTP
 from vitailor.plan import BlockPlan, Plan
 from vitailor.reporting import count, report, signed, write_page
 from vitailor.runs import Accuracies, Run, method_label, read_run, run_of
@@ -256,8 +256,12 @@ def test_settings_that_are_not_defaults_name_a_run():
     settings = VTP(l1=0.5, training=training).model_dump(mode="json")
     label = "vtp (l1=0.5, training.epochs=2, training.gate_lr=0.01)"
     assert method_label("vtp", settings) == label
-    assert method_label("vtp", VTP().model_dump(mode="json")) == "vtp"
     assert method_label("of another version", settings) == "of another version"
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items())
+def test_defaults_are_not_told(name, method):
+    assert method_label(name, json.loads(method().model_dump_json())) == name
 
 
 def test_a_trained_model_says_so_and_shows_what_it_reads(tmp_path):

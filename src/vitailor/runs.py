@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
+from pydantic_core import to_jsonable_python
 
 from .errors import ArtifactError, PlanError
 from .provenance import Provenance
@@ -131,7 +132,7 @@ def _changed(config: type[BaseModel], settings: dict[str, Any], prefix: str = ""
         default = field.default if field is not None else value
         if isinstance(default, BaseModel) and isinstance(value, dict):
             found += _changed(type(default), value, f"{prefix}{name}.")
-        elif value != default:
+        elif value != to_jsonable_python(default):  # in JSON a tuple is a list
             text = value if isinstance(value, str) else json.dumps(value)
             found.append(f"{prefix}{name}={text}")
     return found
