@@ -24,6 +24,7 @@ from vitailor.data import (
     imageset,
     loader,
     open_images,
+    readers,
     resolve_preprocessing,
     timm_datasets,
 )
@@ -342,6 +343,31 @@ def test_a_corrupt_image_is_named_when_read(tmp_path: Path, workers: int, damage
 
 
 # -- loading
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "method", "asked", "expected"),
+    [
+        ("cpu", 16, 1, "fork", None, 0),
+        ("cuda", 16, 1, "fork", None, 8),
+        ("cuda", 6, 1, "fork", None, 6),
+        ("cuda", 16, 4, "fork", None, 4),
+        ("cuda", 2, 4, "fork", None, 1),
+        ("cuda", 16, 1, "spawn", None, 0),
+        ("cuda", 16, 1, "fork", 3, 3),
+        ("cpu", 16, 1, "fork", 2, 2),
+    ],
+)
+def test_an_accelerator_gets_its_share_of_readers(
+    three_classes, monkeypatch, device, cores, processes, method, asked, expected
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr("torch.multiprocessing.get_start_method", lambda allow_none=False: method)
+    images = open_images(three_classes, SMALL)
+    assert readers(images, torch.device(device), asked) == expected
+    held = open_images([torch.zeros(3, 8, 8)], None)
+    assert readers(held, torch.device(device), asked) == (asked or 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import ClassMap, Data, ImageSet, loader, open_images, resolve_preprocessing
+from .data import ClassMap, Data, ImageSet, loader, open_images, readers, resolve_preprocessing
 from .errors import DataError, UnsupportedModelError
 from .preprocessing import Preprocessing
 
@@ -59,7 +59,7 @@ def evaluate(
     images: int | None = None,
     seed: int = 0,
     class_map: ClassMap | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Accuracy:
     """Accuracy of a model on labeled images.
@@ -74,7 +74,7 @@ def evaluate(
         batch_size: images at a time; None chooses by device.
         device: where to run; None means where the model is.
         images, seed, class_map: as for `open_images`.
-        workers: processes that read images.
+        workers: processes that read images; None for some where an accelerator would wait for one.
         progress: called with the images done and their total after each batch.
 
     Raises:
@@ -103,6 +103,7 @@ def evaluate(
         size = batch_size or (128 if target.type == "cuda" else 16)
         top1: list[bool] = []
         top5 = 0
+        workers = readers(image_set, target, workers)
         for x, labels in loader(image_set, batch_size=size, workers=workers):
             logits = _logits(model, x, target).float().cpu()
             hits = _hits(logits, labels, image_set)

@@ -43,8 +43,14 @@ def evaluate(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", metavar="N", min=0, help="Processes that read images.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=0,
+            help="Processes that read images; the default depends on the device.",
+        ),
+    ] = None,
     input_size: o.InputSize = None,
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,

@@ -69,7 +69,12 @@ def train(
     checkpoint_every: o.CheckpointEvery = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", min=0, help="Processes that read images."),
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=0,
+            help="Processes that read images; the default depends on the device.",
+        ),
     ] = None,
     tracker: Annotated[
         str | None,

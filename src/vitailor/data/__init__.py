@@ -24,8 +24,12 @@ __all__ = [
     "UnreadableImageError",
     "loader",
     "open_images",
+    "readers",
     "resolve_preprocessing",
 ]
+
+#: More seldom help one accelerator.
+MAX_READERS = 8
 
 Data = str | os.PathLike[str] | Dataset[Any] | Iterable[Any]
 
@@ -112,6 +116,24 @@ def loader(data: Data, *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
     return DataLoader(
         image_set, batch_size=batch_size, num_workers=workers, generator=torch.Generator()
     )
+
+
+def readers(images: ImageSet, device: torch.device, workers: int | None = None) -> int:
+    """How many processes should read images while a device computes, unless `workers` says so.
+
+    None for a CPU, whose cores are at work, nor for images in memory. An accelerator would wait for a single
+    reader: it gets up to `MAX_READERS` of this machine's cores, a fair share of them for each process of a
+    training. Where processes are not forked there are none either: a script would be run again in each.
+    """
+    if workers is not None:
+        return workers
+    methods = torch.multiprocessing
+    method = methods.get_start_method(allow_none=True) or methods.get_all_start_methods()[0]
+    if device.type == "cpu" or images.in_memory or method != "fork":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MAX_READERS, max(1, share))
 
 
 def _is_map_style(data: Any) -> bool:

@@ -86,6 +86,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def num_images(self) -> int:
         return len(self)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether images are held in memory, ready for a model."""
+        return isinstance(self._reader, _Tensors)
+
     @cached_property
     def list_hash(self) -> str:
         """SHA-256 over the sorted names with their labels; images given as tensors go by number."""

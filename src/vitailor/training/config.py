@@ -44,7 +44,8 @@ class TrainConfig(BaseModel):
         alpha: weight of the teacher's loss; the labels' has the rest. At 1 labels are not needed.
         temperature: of soft distillation.
         checkpoint_every: updates between checkpoints inside an epoch; None saves at epochs' ends only.
-        workers: processes that read images, for each process that trains.
+        workers: processes that read images, for each process that trains; None for some where an accelerator
+            would wait for one.
         tracker: a tracker that Accelerate knows, e.g. "tensorboard".
         seed: of everything random.
     """
@@ -75,7 +76,7 @@ class TrainConfig(BaseModel):
     alpha: Fraction = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | None = None
     tracker: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -138,7 +138,13 @@ class GlobalBatches(Sampler[list[Key]]):
 
 
 def batches(
-    images: ImageSet, config: TrainConfig, rank: int, processes: int, epoch: int, first: int
+    images: ImageSet,
+    config: TrainConfig,
+    rank: int,
+    processes: int,
+    epoch: int,
+    first: int,
+    workers: int = 0,
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """Batches (images (B, 3, H, W), labels (B,), views (B,)) of one process for the rest of an epoch."""
     sampler = GlobalBatches(
@@ -154,6 +160,6 @@ def batches(
     return DataLoader(
         cast("Dataset[Any]", Seeded(images, config.seed, config.hflip)),
         batch_sampler=sampler,
-        num_workers=config.workers,
+        num_workers=workers,
         generator=torch.Generator(),
     )

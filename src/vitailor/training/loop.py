@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..data import ImageSet
+from ..data import ImageSet, readers
 from ..errors import TrainingError, UsageError
 from ..evaluation import evaluate
 from ..provenance import weights_hash
@@ -218,7 +218,8 @@ class _Run:
     def _epoch(self, epoch: int, first: int, total: float) -> None:
         config, accelerator = self.config, self.accelerator
         rank, processes = accelerator.process_index, accelerator.num_processes
-        found = iter(batches(self.images, config, rank, processes, epoch, first))
+        workers = readers(self.images, accelerator.device, config.workers)
+        found = iter(batches(self.images, config, rank, processes, epoch, first, workers))
         for update in range(first, self.updates):
             started = time.perf_counter()
             self.wrapped.train()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data import ImageSet, loader
+from ..data import ImageSet, loader, readers
 from ..errors import UsageError
 from .config import TrainConfig
 from .images import Seeded
@@ -141,7 +141,8 @@ def remember(
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     table: Tensor | None = None
     done = 0
-    for batch, _ in loader(images.subset(mine), batch_size=BATCH, workers=config.workers):
+    workers = readers(images, accelerator.device, config.workers)
+    for batch, _ in loader(images.subset(mine), batch_size=BATCH, workers=workers):
         rows, x = list(mine[done : done + len(batch)]), batch.to(accelerator.device, torch.float32)
         done += len(rows)
         for view in views_of(config):
