@@ -12,8 +12,9 @@ from torch import Tensor
 import vitailor as vt
 from conftest import build
 from vitailor import dependence
-from vitailor.data import loader, open_images
+from vitailor.data import loader, open_images, resolve_preprocessing
 from vitailor.hosts import shape_of
+from vitailor.methods import candidates, closed_form, multi_dim, weight_sharing
 from vitailor.methods.multi_dim import JOURNAL
 from vitailor.provenance import weights_hash
 from vitailor.simulate import divergence
@@ -133,10 +134,155 @@ def test_nothing_is_calibrated_on_what_candidates_are_judged_on(monkeypatch, tmp
         place.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((24, 24), 50 + i).convert("RGB").save(place / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    for reward in (str(tmp_path / "photos"), "photos/../photos", "photos/a"):
-        two = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 4}))
-        vt.search(dense(), HALF, data="photos", reward=reward, method=two)
-    assert seen[2:] == [8, 8, 8]
+    transform = resolve_preprocessing(dense())
+    opened = [open_images(name, transform, split="train") for name in ("photos", "photos/a")]
+    sources = [one.source for one in opened]
+    two = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 4}))
+    for reward in (str(tmp_path / "photos"), "photos/../photos", "photos/a", *opened):
+        for data in ("photos", open_images("photos", transform, split="train")):
+            vt.search(dense(), HALF, data=data, reward=reward, method=two)
+    assert seen[2:] == [8] * 10
+    assert [one.source for one in opened] == sources
+    with pytest.raises(vt.UsageError, match="among those that candidates are judged on"):
+        vt.search(
+            dense(),
+            HALF,
+            data="photos/a",
+            evaluate="photos",
+            class_map={"a": 0, "b": 1},
+            method=two,
+        )
+
+
+def test_what_was_judged_on_is_recorded():
+    facts = found(trials=1, reward_images=7).model.vitailor.record["facts"]
+    assert facts["judged_on"]["images"] == 7
+    assert len(facts["judged_on"]["list_hash"]) == 64
+
+
+def test_weights_are_shared_among_policies_of_the_budget_on_other_images(monkeypatch):
+    trained: list[set[str]] = []
+    shapes = []
+    fit, resize = weight_sharing.fit, weight_sharing.resize
+
+    def listening(model, config, images, **more):
+        trained.append(set(images.identities))
+        return fit(model, config, images, **more)
+
+    def watching(model, shape, orders):
+        shapes.append(shape)
+        resize(model, shape, orders)
+
+    monkeypatch.setattr(weight_sharing, "fit", listening)
+    monkeypatch.setattr(weight_sharing, "resize", watching)
+    whole = labeled()
+    for train in (whole, [(x.clone(), label) for x, label in whole]):
+        for seed in (0, 1):
+            shapes.clear()
+            vt.compress(
+                dense(),
+                vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 8}), sharing=TRAINING),
+                HALF,
+                data=whole,
+                reward=whole,
+                train=train,
+                seed=seed,
+            )
+            judged = open_images(whole, None).draw(8, seed)
+            assert len(trained[-1]) == 22
+            assert not trained[-1] & set(judged.identities)
+            limit = HALF.limit(shape_of(dense()))
+            assert all(0.9 * limit < shape.macs <= limit for shape in shapes)
+            assert len({shape.to_json() for shape in shapes}) == len(shapes) == 3
+            # The last one is what the model computes with.
+            trained.append({str(shapes)})
+    assert trained[1] != trained[3]  # another seed draws others
+
+
+@pytest.mark.parametrize("sharing", [None, TRAINING])
+def test_rewards_and_results_are_compensated_on_calibration_images_alone(monkeypatch, sharing):
+    seen: list[tuple[str, Tensor]] = []
+
+    def listening(name, real):
+        def call(*args, **more):
+            seen.extend(
+                (name, x)
+                for batches in args
+                if hasattr(batches, "batches")
+                for images, _ in batches
+                for x in images
+            )
+            return real(*args, **more)
+
+        return call
+
+    places = {
+        "result": (multi_dim, "cut"),
+        "shared": (multi_dim, "dense_sweep"),
+        "dense": (closed_form, "dense_sweep"),
+    }
+    for name, (module, function) in places.items():
+        monkeypatch.setattr(module, function, listening(name, getattr(module, function)))
+    method = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 8}), sharing=sharing)
+    train = None if sharing is None else labeled()
+    vt.compress(dense(), method, HALF, data=labeled(), train=train)
+    judged = [x for x, _ in open_images(labeled(), None).draw(8, 0)]
+    names = {name for name, _ in seen}
+    assert names == {"result", "dense"} | ({"shared"} if sharing else set())
+    assert len(seen) == 22 * len(names)
+    assert not any(torch.equal(x, y) for _, x in seen for y in judged)
+
+
+def test_settings_reach_what_they_are_for(monkeypatch):
+    told: list[dict] = []
+    score = dependence.score
+
+    def listening(model, batches, **more):
+        told.append(more)
+        return score(model, batches, **more)
+
+    monkeypatch.setattr(dependence, "score", listening)
+    own = {"bandwidths": (3.0,), "estimator": "unbiased"}
+    found(trials=1, redundancy=0.7, relevance=1.0, **own)
+    assert told == [own | {"redundancy_weight": 0.7, "tokens": False}]
+    shares: list[float] = []
+    mix = dependence.UnitScores.neurons
+    monkeypatch.setattr(
+        dependence.UnitScores,
+        "neurons",
+        lambda self, relevance: shares.append(relevance) or mix(self, relevance),
+    )
+    found(trials=1, relevance=0.3)
+    assert shares == [0.3] * 3
+
+
+def test_the_sampler_the_largest_ratio_and_the_step_are_those_asked_for(monkeypatch):
+    samplers: list[str] = []
+    search = candidates.search
+    monkeypatch.setattr(
+        candidates,
+        "search",
+        lambda *args, sampler, **more: (
+            samplers.append(sampler) or search(*args, sampler=sampler, **more)
+        ),
+    )
+    policies = [
+        [trial["policy"] for trial in found(sampler=sampler, initial=1).trials]
+        for sampler in ("random", "gp")
+    ]
+    assert samplers == ["random", "gp"]
+    assert policies[0] != policies[1]
+    full = shape_of(dense()).blocks[0].mlp_dim
+    for trial in found(most=0.45, budget=vt.Budget(macs=0.7)).trials:
+        assert min(trial["policy"]["mlp_dim"]) >= 0.5 * full  # rounded to what kernels like
+    odd = found(round_to=1, compensation=False).trials
+    assert any(size % 2 for trial in odd for size in trial["policy"]["mlp_dim"])
+
+
+@pytest.mark.parametrize("bad", [{"token_blocks": ()}, {"bandwidths": ()}])
+def test_nothing_is_not_a_choice(bad):
+    with pytest.raises(vt.UsageError, match=next(iter(bad))):
+        vt.MultiDim(**bad)
 
 
 def test_batches_are_never_too_small_to_tell(monkeypatch):
@@ -238,12 +384,13 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     assert again.model.vitailor.record["facts"]["own_trials"] == 0
     assert weights_hash(again.model) == weights_hash(more.model)
     # In one go it comes to the same.
-    whole = found(trials=5, initial=1)
-    parts = tmp_path / "parts"
-    found(parts, trials=2, initial=1)
-    assert [t["policy"] for t in found(parts, trials=5, initial=1).trials] == [
-        t["policy"] for t in whole.trials
-    ]
+    for initial in (1, None):
+        whole = found(trials=5, initial=initial)
+        parts = tmp_path / f"parts {initial}"
+        found(parts, trials=2, initial=initial)
+        assert [t["policy"] for t in found(parts, trials=5, initial=initial).trials] == [
+            t["policy"] for t in whole.trials
+        ]
     # Other images, another budget or model are another study.
     shifted = [(x + 1, label) for x, label in labeled()]
     fresh = found(tmp_path, trials=2, data=shifted)

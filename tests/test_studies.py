@@ -8,13 +8,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from vitailor import studies as s
+from vitailor import study_storage
 from vitailor.errors import UsageError
 
 NAMES = ("a", "b", "c")
@@ -31,17 +37,19 @@ def points(result: s.Result) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("sampler", ["gp", "random"])
-def test_cut_off_and_begun_again_is_uninterrupted(sampler, tmp_path):
-    more = {"study": "x", "seed": 3, "sampler": sampler, "initial": 3}
+@pytest.mark.parametrize("initial", [3, None])
+def test_cut_off_and_begun_again_is_uninterrupted(sampler, initial, tmp_path):
+    more = {"study": "x", "seed": 3, "sampler": sampler, "initial": initial}
     whole = s.search(bowl, NAMES, trials=8, **more)
     file = tmp_path / "deep" / "journal.log"
+    s.search(bowl, NAMES, trials=2, storage=file, **more)
     first = s.search(bowl, NAMES, trials=5, storage=file, **more)
     rest = s.search(bowl, NAMES, trials=8, storage=file, **more)
     assert points(first) == points(whole)[:5]
     assert points(rest) == points(whole)
     assert len(set(points(whole))) == 8
     assert [t.reward for t in rest.trials] == [t.reward for t in whole.trials]
-    assert (first.own, rest.own) == ([0, 1, 2, 3, 4], [5, 6, 7])
+    assert (first.own, rest.own) == ([2, 3, 4], [5, 6, 7])
     assert all(trial.facts == {"asked": list(NAMES)} for trial in rest.trials)
     again = s.search(bowl, NAMES, trials=8, storage=file, **more)
     assert again.own == []
@@ -92,21 +100,32 @@ WORKER = textwrap.dedent(
     """
     import json, os, sys, time
     from vitailor import studies as s
-    s.BEAT = 0.2
+    s.BEAT, pause, stale, trials = map(float, sys.argv[3:])
     def reward(direction):
         with open(sys.argv[2], "a") as log:
             log.write(json.dumps([os.getpid(), *direction.values()]) + "\\n")
-        time.sleep(float(sys.argv[3]))
+        time.sleep(pause)
         return -sum(x * x for x in direction.values()), {}
-    found = s.search(reward, ("a", "b"), trials=6, study="x", storage=sys.argv[1], initial=3, stale=6.0)
+    found = s.search(
+        reward, ("a", "b"), trials=int(trials), study="x", storage=sys.argv[1], initial=3, stale=stale
+    )
     print(json.dumps([t.number for t in found.trials]))
     """
 )
 
 
-def worker(folder: Path, pause: float) -> subprocess.Popen[str]:
+def worker(
+    folder: Path,
+    pause: float,
+    *,
+    stale: float = 6.0,
+    trials: int = 6,
+    storage: str | Path = "journal.log",
+) -> subprocess.Popen[str]:
+    numbers = [str(number) for number in (0.2, pause, stale, trials)]
+    place = storage if "://" in str(storage) else folder / storage
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, folder / "journal.log", folder / "asked", str(pause)],
+        [sys.executable, "-c", WORKER, place, folder / "asked", *numbers],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -137,6 +156,157 @@ def test_a_killed_workers_trial_is_done_by_another_and_nothing_is_repeated(tmp_p
     assert len({tuple(point) for point in after}) == len(after) == 6
 
 
+def test_a_trial_that_takes_long_is_not_given_up_while_its_worker_lives(tmp_path):
+    slow = worker(tmp_path, 8.0, stale=4.0, trials=1)
+    deadline = time.monotonic() + 60
+    while not asked(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    other = worker(tmp_path, 0.0, stale=4.0, trials=1)
+    finished = [json.loads(process.communicate(timeout=120)[0]) for process in (slow, other)]
+    assert finished == [[0], [0]]
+    assert len(asked(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("storage", ["journal.log", "sqlite"])
+def test_workers_that_begin_together_share_one_study(storage, tmp_path):
+    place = f"sqlite:///{tmp_path}/study.db" if storage == "sqlite" else storage
+    pair = [worker(tmp_path, 0.05, storage=place) for _ in range(2)]
+    finished = [json.loads(process.communicate(timeout=120)[0]) for process in pair]
+    assert finished[0] == finished[1]
+    assert len(finished[0]) == 6
+    done = [tuple(point) for _, *point in asked(tmp_path)]
+    assert len(set(done)) == len(done) == 6
+    assert set(done) >= {tuple(point) for point in s.design(2, 3, 0)}
+
+
+def test_a_worker_that_comes_too_late_for_the_last_trial_withdraws(tmp_path, monkeypatch):
+    file = tmp_path / "journal.log"
+    s.search(bowl, NAMES, trials=1, study="x", storage=file)
+    place = JournalStorage(JournalFileBackend(str(file)))
+    other = optuna.load_study(study_name="x", storage=place).ask()
+    other.set_user_attr(s.ALIVE, time.time())
+    real, looks = s._running, []
+
+    def unseen_at_first(study):  # the other worker asked after this one had looked
+        looks.append(None)
+        return [] if len(looks) <= 2 else real(study)
+
+    monkeypatch.setattr(s, "_running", unseen_at_first)
+    calls = []
+
+    def counted(direction):
+        calls.append(direction)
+        return bowl(direction)
+
+    found = s.search(counted, NAMES, trials=2, study="x", storage=file, stale=2.0)
+    assert len(found.trials) == 2
+    assert len(calls) == 1  # the other's, which nobody ever finished
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_reward_that_is_no_number_ends_the_search(told):
+    on_trial = (lambda trial, result: None) if told else None
+    with pytest.raises(UsageError, match="reward of candidate 0 is nan"):
+        s.search(lambda d: (float("nan"), {}), NAMES, trials=3, study="x", on_trial=on_trial)
+
+
+def test_a_storage_that_is_busy_for_a_moment_ends_nothing(monkeypatch):
+    monkeypatch.setattr(s, "BEAT", 0.05)
+    monkeypatch.setattr(study_storage, "PAUSE", 0.01)
+    real, names = optuna.trial.Trial.set_user_attr, []
+
+    def busy(trial, name, value):
+        names.append(name)
+        if names.count(name) in (1, 3):
+            raise StorageInternalError("database is locked")
+        real(trial, name, value)
+
+    monkeypatch.setattr(optuna.trial.Trial, "set_user_attr", busy)
+
+    def slow(direction):
+        time.sleep(0.6)
+        return bowl(direction)
+
+    found = s.search(slow, NAMES, trials=2, study="x")
+    assert len(found.trials) == len(found.own) == 2
+    assert names.count(s.ALIVE) > 8  # beats went on after the one that failed
+
+
+def test_a_line_that_was_torn_off_is_left_out(tmp_path):
+    file = tmp_path / "journal.log"
+    whole = s.search(bowl, NAMES, trials=6, study="x")
+    s.search(bowl, NAMES, trials=3, study="x", storage=file)
+    with file.open("ab") as journal:
+        journal.write(b'{"op_code":5,"work')
+    for _ in range(2):
+        assert points(s.search(bowl, NAMES, trials=6, study="x", storage=file)) == points(whole)
+
+
+def test_locks_lead_to_the_journal_from_anywhere(tmp_path, monkeypatch):
+    # Optuna tells by what its link leads to whether the process that made it is gone.
+    monkeypatch.chdir(tmp_path)
+    real, targets = os.symlink, []
+
+    def seen(target, link, *more):
+        targets.append(target)
+        real(target, link, *more)
+
+    monkeypatch.setattr(os, "symlink", seen)
+    s.search(bowl, NAMES, trials=1, study="x", storage="deep/journal.log")
+    assert {Path(target) for target in targets} == {tmp_path / "deep" / "journal.log"}
+
+
+def begin(file: Path, count: int) -> optuna.Study:
+    """A study whose maker has queued so many points, and is not ready."""
+    place = JournalStorage(JournalFileBackend(str(file)))
+    study = optuna.create_study(study_name="x", storage=place, direction="maximize")
+    for point in s.design(3, 4, 0)[:count]:
+        study.enqueue_trial(dict(zip(NAMES, point, strict=True)))
+    return study
+
+
+def test_the_making_of_a_study_is_finished_by_whoever_comes_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_storage, "PATIENCE", 0.2)
+    begin(tmp_path / "journal.log", 2)
+    found = s.search(bowl, NAMES, trials=5, study="x", storage=tmp_path / "journal.log")
+    assert points(found)[:4] == [tuple(point) for point in s.design(3, 4, 0)]
+    assert len(set(points(found))) == 5
+
+
+def test_the_making_of_a_study_may_take_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_storage, "PATIENCE", 1.5)
+    monkeypatch.setattr(study_storage, "PAUSE", 0.1)
+    study = begin(tmp_path / "journal.log", 1)
+
+    def slowly():
+        for point in s.design(3, 4, 0)[1:]:
+            time.sleep(0.9)
+            study.enqueue_trial(dict(zip(NAMES, point, strict=True)))
+        study.set_user_attr(study_storage.READY, True)
+
+    maker = threading.Thread(target=slowly)
+    maker.start()
+    found = s.search(bowl, NAMES, trials=4, study="x", storage=tmp_path / "journal.log")
+    maker.join()
+    assert points(found) == [tuple(point) for point in s.design(3, 4, 0)]
+    assert len(study.trials) == 4
+
+
+def test_what_was_given_up_and_not_queued_again_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(s, "PATIENCE", -1.0)
+    study = begin(tmp_path / "journal.log", 4)
+    study.set_user_attr(study_storage.READY, True)
+    study.tell(study.ask().number, state=optuna.trial.TrialState.FAIL)
+    file = tmp_path / "journal.log"
+    assert [t.number for t in s.search(bowl, NAMES, trials=3, study="x", storage=file).trials] == [
+        1,
+        2,
+        3,
+    ]
+    found = s.search(bowl, NAMES, trials=4, study="x", storage=file)
+    assert sorted(points(found)) == sorted(tuple(point) for point in s.design(3, 4, 0))
+
+
 def test_an_error_in_a_trial_loses_nothing(tmp_path):
     file = tmp_path / "journal.log"
     calls: list[dict[str, float]] = []
@@ -161,6 +331,8 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
         s.search(bowl, NAMES, trials=1, study="x", storage="nosuch://place")
     file = tmp_path / "journal.log"
     s.search(bowl, NAMES, trials=1, study="x", storage=file)
+    with pytest.raises(UsageError, match="another initial"):
+        s.search(bowl, NAMES, trials=1, study="x", storage=file, initial=2)
     with pytest.raises(UsageError, match="another seed"):
         s.search(bowl, NAMES, trials=1, study="x", storage=file, seed=1)
     with pytest.raises(UsageError, match="another parameters"):

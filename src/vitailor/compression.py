@@ -99,15 +99,14 @@ def compress(
     task = _prepare(
         model, method, budget, data, images, class_map, device, seed, preprocessing, progress
     )
-    task = _with_training(
-        task, data, train, method, preprocessing, class_map, folder, resume, on_event
-    )
-    task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
+    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
     test = _open_test(evaluate, preprocessing, task.shape, class_map)
     if before is not None and (test is None or before.list_hash != test.list_hash):
         raise UsageError(
             "The accuracy given is not on the images to evaluate on.", "Leave before= out."
         )
+    _require_unseen(test, task, method)
     _begin_anew(task)
     with _undisturbed(seed):
         outcome = method.run(task)
@@ -173,10 +172,8 @@ def plan_only(
     task = _prepare(
         model, method, budget, data, images, class_map, device, seed, preprocessing, progress
     )
-    task = _with_training(
-        task, data, train, method, preprocessing, class_map, folder, resume, on_event
-    )
-    task = _with_reward(task, data, reward, method, preprocessing, class_map, on_trial)
+    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
     _begin_anew(task)
     with _undisturbed(seed):
         shape = method.plan(task).result(task.shape)
@@ -249,7 +246,6 @@ def _prepare(
 
 def _with_training(
     task: Task,
-    data: Data | None,
     train: Data | None,
     method: Method,
     preprocessing: Preprocessing,
@@ -282,14 +278,11 @@ def _with_training(
         labels_needed=method.trains_on_labels,
         split="train",
     )
-    if train is not data and not isinstance(train, str | os.PathLike):
-        images.source += ", for training"  # see `_with_reward`
     return replace(task, train=images)
 
 
 def _with_reward(
     task: Task,
-    data: Data | None,
     reward: Data | None,
     method: Method,
     preprocessing: Preprocessing,
@@ -310,10 +303,6 @@ def _with_reward(
             labels_needed=method.needs_labels,
             split="train",
         )
-        if not isinstance(reward, str | os.PathLike) and reward is not data:
-            images.source += (
-                ", for rewards"  # its images have numbers for names, as those of `data` may
-            )
         task = replace(task, reward=images)
     labels = task.data if task.reward is None else task.reward
     if method.needs_labels and not (labels is not None and labels.labeled):
@@ -348,6 +337,20 @@ def _open_test(
     return open_images(
         evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
     )
+
+
+def _require_unseen(test: ImageSet | None, task: Task, method: Method) -> None:
+    """Refuse to evaluate on images that sizes may be chosen by."""
+    chosen_by = task.reward if task.reward is not None else task.data
+    if test is None or chosen_by is None or not method.searches:
+        return
+    seen = len(set(test.identities) & set(chosen_by.identities))
+    if seen:
+        raise UsageError(
+            f"{seen} of the {len(test)} images to evaluate on are among those that candidates are judged on: the "
+            "accuracy would flatter.",
+            "Evaluate on images of their own.",
+        )
 
 
 def _stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:

@@ -6,13 +6,14 @@ the same one share its trials out among them, and a worker that comes back goes 
 
 * The initial design, by default even cuts first and then points of a Sobol sequence, is queued once, by the worker that
   makes the study.
-* What a trial proposes follows from the study's seed, the trial's number and the trials finished before it, so
-  that a restart repeats nothing.
+* What a trial proposes follows from the study's seed, the trial's number and the trials finished and under way
+  before it, so that a restart repeats nothing.
 * A worker tells while it works on a trial that it is alive. Trials of workers that no longer do are queued again.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -25,24 +26,20 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.stats import qmc
 
 from .errors import UsageError
+from .study_storage import PATIENCE, PAUSE, open_study, patiently
 
 Sampler = Literal["gp", "random"]
 #: Seconds between signs of life, and without one until a trial counts as abandoned.
 BEAT, STALE = 10.0, 60.0
-#: Seconds that a worker waits for others before it looks again.
-PAUSE = 0.5
-#: Seconds that the making of a study may take, before another worker finishes it.
-PATIENCE = 10.0
-ALIVE, READY = "alive", "ready"
+#: Names under which a trial holds what is not its own to Optuna.
+ALIVE, AGAIN, FACTS, SECONDS = "alive", "again", "facts", "seconds"
 
 
 @dataclass(frozen=True)
@@ -112,22 +109,26 @@ def search(
         storage: a journal file, or the URL of a database that Optuna knows; None keeps the study in memory.
         sampler: "gp" models rewards as a Gaussian process and proposes where improvement is expected most,
             "random" draws evenly.
-        initial: trials of the initial design; by default as many as parameters and one more, at most half.
+        initial: trials of the initial design; by default as many as parameters and one more.
         first: the first trial's value of each parameter; by default 1, everything alike.
         on_trial: told about each trial that this worker has finished.
         stale: seconds without a sign of life after which a trial is queued again.
 
     Raises:
-        UsageError: for numbers that make no sense, a storage that cannot be used, or a study of other parameters.
+        UsageError: for numbers that make no sense, a storage that cannot be used, a study of other parameters, or a
+            reward that is not finite.
     """
     if trials < 1 or not names:
         raise UsageError(
             "There is nothing to search.", "Give at least one trial and one parameter."
         )
-    count = min(len(names) + 1, max(1, trials // 2)) if initial is None else initial
+    # Not by the number of trials, which may grow: the study would be another one.
+    count = len(names) + 1 if initial is None else initial
+    identity = {"parameters": list(names), "seed": seed, "sampler": sampler, "initial": count}
+    points = [dict(zip(names, p, strict=True)) for p in design(len(names), count, seed, first)]
     with _quiet():
-        points = design(len(names), count, seed, first)
-        found = _open(study, storage, names, sampler, seed, points)
+        found = open_study(study, storage, _PerTrial(sampler, seed, count), identity, points)
+        _adopt(found)
         own: list[int] = []
         began, working = time.perf_counter(), 0.0
         while True:
@@ -137,18 +138,17 @@ def search(
             if len(_finished(found)) + len(_running(found)) >= trials:
                 time.sleep(PAUSE)  # others are at work on what is left; should one die, it is ours
                 continue
-            try:
-                trial = found.ask({name: FloatDistribution(0, 1) for name in names})
-                started = time.perf_counter()
-                with _alive(trial):
-                    value, facts = _asked(reward, found, trial)
-                seconds = time.perf_counter() - started
-                working += seconds
-                trial.set_user_attr("seconds", seconds)
-                trial.set_user_attr("facts", facts)
-                found.tell(trial, value)
-            except UpdateFinishedTrialError:
-                continue  # no sign of life came through for so long that another has queued it again
+            trial = patiently(lambda: found.ask({name: FloatDistribution(0, 1) for name in names}))
+            if _crowded(found, trial, trials):
+                _again(found, trial.number, trial.params)
+                continue
+            started = time.perf_counter()
+            with _alive(trial):
+                value, facts = _asked(reward, found, trial)
+            seconds = time.perf_counter() - started
+            working += seconds
+            if not _stored(found, trial, value, facts | {SECONDS: seconds}):
+                continue
             own.append(trial.number)
             if on_trial is not None:
                 done = _finished(found)
@@ -161,56 +161,38 @@ def search(
 def _asked(reward: Reward, study: Study, trial: Trial) -> tuple[float, dict[str, Any]]:
     """The reward of a trial; should it not come, the trial is queued again."""
     try:
-        return reward(dict(trial.params))
+        value, facts = reward(dict(trial.params))
+        if not math.isfinite(value):
+            raise UsageError(
+                f"The reward of candidate {trial.number} is {value}.",
+                "See that the model's outputs are finite on these images.",
+            )
+        return value, facts
     except BaseException:  # also an interrupt
         _again(study, trial.number, trial.params)
         raise
 
 
-def _open(
-    name: str,
-    storage: str | Path | None,
-    names: Sequence[str],
-    sampler: Sampler,
-    seed: int,
-    initial: Sequence[Sequence[float]],
-) -> Study:
-    """The study, with its initial design in the queue."""
-    identity = {"parameters": list(names), "seed": seed, "sampler": sampler}
-    own = _PerTrial(sampler, seed, len(initial))
+def _crowded(study: Study, trial: Trial, trials: int) -> bool:
+    """Whether trials begun before this one are enough: several workers may see the same one missing."""
+    states = (TrialState.COMPLETE, TrialState.RUNNING)
+    others = study.get_trials(deepcopy=False, states=states)
+    return sum(other.number < trial.number for other in others) >= trials
+
+
+def _stored(study: Study, trial: Trial, value: float, facts: dict[str, Any]) -> bool:
+    """Put a trial's outcome into the study; False where no sign of life came through for so long that another
+    worker has queued it again."""
+
+    def store() -> None:
+        trial.set_user_attr(FACTS, facts)
+        study.tell(trial, value)
+
     try:
-        place = _storage(storage)
-        try:
-            study = optuna.create_study(
-                study_name=name, storage=place, sampler=own, direction="maximize"
-            )
-        except DuplicatedStudyError:
-            study = optuna.load_study(study_name=name, storage=place, sampler=own)
-            _wait_until_ready(study)
-    except Exception as error:
-        raise UsageError(f"The storage {storage} cannot be used: {error}", "Check it.") from error
-    known = study.user_attrs
-    for key, value in identity.items():
-        if known.get(key, value) != value:
-            raise UsageError(
-                f"The study '{name}' was begun with another {key}: {known[key]}, not {value}.",
-                "Use the same settings, or another storage.",
-            )
-    if READY not in known:
-        for key, value in identity.items():
-            study.set_user_attr(key, value)
-        # Whoever dies in the middle of it leaves it to the next, which queues only what is missing.
-        for point in initial:
-            study.enqueue_trial(dict(zip(names, point, strict=True)), skip_if_exists=True)
-        study.set_user_attr(READY, True)
-    return study
-
-
-def _wait_until_ready(study: Study) -> None:
-    """Give the worker that makes the study the time to queue its initial design."""
-    patience = time.monotonic() + PATIENCE
-    while READY not in study.user_attrs and time.monotonic() < patience:
-        time.sleep(PAUSE)
+        patiently(store)
+    except (UpdateFinishedTrialError, ValueError):
+        return False
+    return True
 
 
 def design(
@@ -223,16 +205,6 @@ def design(
     # Drawn in powers of two, as the sequence wants it.
     points = qmc.Sobol(parameters, seed=seed).random_base2((count - 1).bit_length())
     return [list(first or [1.0] * parameters), *points[: count - 1].tolist()]
-
-
-def _storage(storage: str | Path | None) -> BaseStorage | str:
-    if storage is None:
-        return InMemoryStorage()
-    if "://" in str(storage):
-        return str(storage)
-    file = Path(storage)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(file)))
 
 
 class _PerTrial(BaseSampler):
@@ -284,8 +256,10 @@ def _alive(trial: Trial) -> Iterator[None]:
                 trial.set_user_attr(ALIVE, time.time())
             except UpdateFinishedTrialError:  # given up by another worker
                 return
+            except Exception:  # a storage that is busy: the next beat may get through
+                continue
 
-    trial.set_user_attr(ALIVE, time.time())
+    patiently(lambda: trial.set_user_attr(ALIVE, time.time()))
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
@@ -301,7 +275,23 @@ def _requeue(study: Study, stale: float) -> None:
         started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
         if time.time() - trial.user_attrs.get(ALIVE, started) < stale:
             continue
-        _again(study, trial.number, trial.params or trial.system_attrs.get("fixed_params", {}))
+        _again(study, trial.number, _params(trial))
+
+
+def _adopt(study: Study) -> None:
+    """Queue what a worker gave up and, killed in between, did not queue again."""
+    known = study.get_trials(deepcopy=False)
+    queued = {trial.user_attrs.get(AGAIN) for trial in known}
+    for trial in known:
+        ended = trial.datetime_complete
+        long_ago = ended is not None and time.time() - ended.timestamp() > PATIENCE
+        if trial.state is TrialState.FAIL and trial.number not in queued and long_ago:
+            _queue(study, trial.number, _params(trial))
+
+
+def _params(trial: FrozenTrial) -> Mapping[str, float]:
+    """What a trial is about, or is to be."""
+    return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
 def _again(study: Study, number: int, params: Mapping[str, float]) -> None:
@@ -310,8 +300,12 @@ def _again(study: Study, number: int, params: Mapping[str, float]) -> None:
         study.tell(number, state=TrialState.FAIL)
     except (ValueError, UpdateFinishedTrialError):  # another worker was faster
         return
+    _queue(study, number, params)
+
+
+def _queue(study: Study, number: int, params: Mapping[str, float]) -> None:
     if params:
-        study.enqueue_trial(dict(params), user_attrs={"again": number})
+        study.enqueue_trial(dict(params), user_attrs={AGAIN: number})
 
 
 def _running(study: Study) -> list[FrozenTrial]:
@@ -325,8 +319,8 @@ def _finished(study: Study) -> list[Finished]:
             trial.number,
             dict(trial.params),
             float(trial.values[0]),
-            trial.user_attrs["seconds"],
-            trial.user_attrs["facts"],
+            trial.user_attrs[FACTS][SECONDS],
+            {name: fact for name, fact in trial.user_attrs[FACTS].items() if name != SECONDS},
         )
         for trial in done
     ]

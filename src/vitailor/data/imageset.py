@@ -52,6 +52,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     Attributes:
         source: where the images come from, as the user named it.
         names: what tells the images apart, in order: relative path or index.
+        identities: what is the same for the same image of another set, however that is named.
         labels: class index of each; -1 where there is none, or none is known before it is read.
         labeled: whether the images have labels.
         class_names: name of each class index, where known, else empty.
@@ -67,8 +68,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         labeled: bool = True,
         class_names: Sequence[str] = (),
         indices: Sequence[int] | None = None,
+        origin: str | None = None,
     ) -> None:
         self._reader = reader
+        self._origin = source if origin is None else origin
         self._indices = tuple(range(len(names)) if indices is None else indices)
         self.source = source
         self.names = tuple(names)
@@ -97,6 +100,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         lines = sorted(f"{n}\t{c}\n" for n, c in zip(self.names, self.labels, strict=True))
         return sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
+    @cached_property
+    def identities(self) -> tuple[str, ...]:
+        """For each image its origin and name, e.g. a file's whole path; in memory, a hash of its content."""
+        if not isinstance(self._reader, _Tensors):
+            return tuple(f"{self._origin}{name}" for name in self.names)
+        images = (self._reader.images[i] for i in self._indices)
+        return tuple(sha256(_bytes(image)).hexdigest() for image in images)
+
     def subset(self, positions: Iterable[int]) -> ImageSet:
         """The images at these positions, in the order given."""
         chosen = list(positions)
@@ -108,6 +119,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             labeled=self.labeled,
             class_names=self.class_names,
             indices=[self._indices[i] for i in chosen],
+            origin=self._origin,
         )
 
     def draw(self, images: int, seed: int = 0) -> ImageSet:
@@ -166,6 +178,11 @@ class _Tensors:
 
     def read(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
+
+
+def _bytes(image: Tensor) -> bytes:
+    """Its numbers, whatever its strides and precision."""
+    return image.detach().cpu().float().contiguous().numpy().tobytes()
 
 
 class Memory:

@@ -65,6 +65,7 @@ def open_folder(
     return ImageSet(
         _Files(paths, labels, transform_of(preprocessing)),
         source=str(root),
+        origin=f"{root.resolve()}{os.sep}",
         names=names,
         labels=labels,
         labeled=bool(folders),
@@ -92,6 +93,7 @@ def open_digits(data: str, preprocessing: Preprocessing | None, split: str) -> I
     return ImageSet(
         _Digits(grey, labels, transform_of(preprocessing)),
         source=f"digits:{part}",
+        origin="digits:",  # names are numbers of the whole set
         names=[str(i) for i in split_indices(chosen)],
         labels=labels,
         class_names=[str(i) for i in range(NUM_DIGITS)],
@@ -112,10 +114,16 @@ class _Dataset:
 
 
 def open_dataset(
-    dataset: Dataset[Any], preprocessing: Preprocessing | None, num_classes: int | None
+    dataset: Dataset[Any],
+    preprocessing: Preprocessing | None,
+    num_classes: int | None,
+    *,
+    source: str | None = None,
+    origin: str | None = None,
 ) -> ImageSet:
+    """Images of a dataset in Python. `source` and `origin` tell where they come from, if it is known."""
     size = len(cast("Sequence[Any]", dataset))
-    source = type(dataset).__name__
+    source = source or type(dataset).__name__
     if not size:
         raise DataError(f"{source} has no images.", "Give a dataset that is not empty.")
     transform = preprocessing.transform() if preprocessing else None
@@ -125,6 +133,7 @@ def open_dataset(
     return ImageSet(
         reader,
         source=source,
+        origin=origin or f"{source} {id(dataset)}:",
         names=numbers(size),
         labels=None if targets is None else [as_label(target) for target in targets],
         labeled=labeled,

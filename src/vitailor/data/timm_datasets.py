@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,9 @@ def open_timm(
 ) -> ImageSet:
     name, _, root = data.partition("@")
     name, _, part = name.partition(":")
+    part = part or split
+    # However it was spelled; what is read into memory is told apart by its content.
+    origin = f"{name}:{part}@{Path(root or '.').resolve()}:"
     transform = transform_of(preprocessing)
     try:
         from timm.data.dataset_factory import create_dataset
@@ -52,7 +56,7 @@ def open_timm(
         # Missing packages are reported with print(), and stdout belongs to results.
         with contextlib.redirect_stdout(sys.stderr):
             dataset: Any = create_dataset(
-                name, root=root or (None if name.startswith("hf") else "."), split=part or split
+                name, root=root or (None if name.startswith("hf") else "."), split=part
             )
     # Readers raise whatever the library beneath them does, plain asserts included.
     except Exception as error:
@@ -65,14 +69,13 @@ def open_timm(
         return open_stream(dataset, data, transform, images, seed)
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        found = open_dataset(dataset, preprocessing, None)
-        found.source = data
-        return found
+        return open_dataset(dataset, preprocessing, None, source=data, origin=origin)
     labels = [UNLABELED if t is None else as_label(t) for t in reader.iter_targets()]
     indices = getattr(reader, "class_to_idx", None) or {}
     return ImageSet(
         _Timm(reader, labels, data, transform),
         source=data,
+        origin=origin,
         names=numbers(len(labels)),
         labels=labels,
         labeled=UNLABELED not in labels,

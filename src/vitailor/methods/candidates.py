@@ -109,7 +109,11 @@ def best(
         "trials": [_told(trial) for trial in found.trials],
         "own_trials": len(found.own),
         "overhead_seconds": round(found.overhead_seconds, 3),
-        "reward_images": len(judged),
+        "judged_on": {
+            "source": judged.source,
+            "images": len(judged),
+            "list_hash": judged.list_hash,
+        },
     }
 
 

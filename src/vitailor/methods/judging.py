@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from pathlib import Path
 
 from ..data import ImageSet
 from ..errors import DataError
@@ -42,20 +41,13 @@ def split(task: Task, wanted: int | None) -> tuple[ImageSet, ImageSet]:
 
 def without(images: ImageSet, others: ImageSet) -> ImageSet:
     """The images that are not among the others, however their folder is spelled."""
-    taken = set(_identities(others))
-    return images.subset(i for i, one in enumerate(_identities(images)) if one not in taken)
-
-
-def _identities(images: ImageSet) -> list[str]:
-    """What is the same for the same image: the file, or the source and the name."""
-    root = Path(images.source)
-    if root.is_dir():
-        whole = root.resolve()
-        return [str(whole / name) for name in images.names]
-    return [f"{images.source}\n{name}" for name in images.names]
+    taken = set(others.identities)
+    return images.subset(i for i, one in enumerate(images.identities) if one not in taken)
 
 
 def fingerprint(images: ImageSet) -> str:
-    """Tells sets of images apart: by their names, and by how the first looks, which tells of preprocessing."""
-    first = images[0][0].float().contiguous()
-    return f"{images.list_hash} {sha256(first.numpy().tobytes()).hexdigest()}"
+    """Tells sets of images apart: by their names, or in memory by their content, and by how the first looks, which
+    tells of preprocessing."""
+    shown = images[0][0].float().contiguous().numpy().tobytes()
+    content = "\n".join(images.identities).encode() if images.in_memory else b""
+    return f"{images.list_hash} {sha256(content + shown).hexdigest()}"

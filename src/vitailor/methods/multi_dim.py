@@ -96,7 +96,10 @@ class MultiDim(Method):
     name: ClassVar[str] = "multi-dim"
 
     criterion: Literal["dependence", "output_error"] = "dependence"
-    bandwidths: tuple[Annotated[float, Field(gt=0)], ...] | Literal["median"] = BANDWIDTHS
+    bandwidths: (
+        Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+        | Literal["median"]
+    ) = BANDWIDTHS
     estimator: Estimator = "biased"
     redundancy: Annotated[float, Field(ge=0)] = REDUNDANCY
     relevance: Annotated[float, Field(ge=0, le=1)] = RELEVANCE
@@ -109,7 +112,9 @@ class MultiDim(Method):
     )
     tokens: TokenRule = "fuse"
     space: Literal["ratios", "harm"] = "ratios"
-    token_blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    token_blocks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = (
+        None
+    )
     stages: Annotated[int, Field(ge=1)] | None = 3
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
     round_to: Annotated[int, Field(ge=1)] | None = None
