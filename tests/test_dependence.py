@@ -79,6 +79,20 @@ def test_redundancy_is_the_mean_dependence_on_the_others():
     assert d.redundancy(x[:1]).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize(("spread", "offset"), [(1.0, 0.0), (0.1, 0.0), (0.1, 10.0)])
+def test_single_precision_is_enough(estimator, spread, offset):
+    # Samples near to each other, far from zero: what a neuron that hardly moves looks like.
+    x, y = spread * samples(8, 24, 50) + offset, samples(24, 10).softmax(-1)
+    x = x.float().double()
+    for score in (d.relevance, lambda x, y, estimator: d.redundancy(x, estimator=estimator)):
+        exact = score(x, y, estimator=estimator)
+        found = score(x.float(), y.float(), estimator=estimator).double()
+        # The unbiased estimate is a small difference of sums, which the biased one tells the size of.
+        scale = score(x, y, estimator="biased")
+        assert ((found - exact).abs() / scale).max() < 1e-6 * (1 if estimator == "biased" else 20)
+
+
 def test_chunks_change_nothing(monkeypatch):
     x, y = samples(10, 8, 3), samples(8, 4).softmax(-1)
     whole = d.relevance(x, y)

@@ -12,7 +12,7 @@ L, and H = I - 1 1^T / n, it is
 Features have a Gaussian kernel, the mean over several bandwidths; predictions a linear one. Here all units of
 a block are done together: one product gives all distances, one exponential all bandwidths that are powers of
 two apart, since exp(-d / 2 s^2) to the fourth power is that of s / 2; and both estimates are sums of the entries
-of K, each times a number that only L decides.
+of K, each times a number that only L decides. These numbers sum to zero, so that K - 1 stands for K.
 
 Shape suffixes: U units, B images, N tokens, C classes.
 """
@@ -57,7 +57,10 @@ def gaussian(x_UBN: Tensor, bandwidths: Bandwidths = BANDWIDTHS) -> Tensor:
     Raises:
         UsageError: when a bandwidth is not positive.
     """
-    grams = _grams(x_UBN, bandwidths)
+    return _mean(_less_one(x_UBN, bandwidths)) + 1
+
+
+def _mean(grams: Iterator[Tensor]) -> Tensor:
     total, count = next(grams).clone(), 1
     for gram in grams:
         total += gram
@@ -65,25 +68,31 @@ def gaussian(x_UBN: Tensor, bandwidths: Bandwidths = BANDWIDTHS) -> Tensor:
     return total / count
 
 
-def _grams(x_UBN: Tensor, bandwidths: Bandwidths) -> Iterator[Tensor]:
-    """(U, B, B) Gram matrices of one bandwidth after the other; each overwrites the one before."""
+def _less_one(x_UBN: Tensor, bandwidths: Bandwidths) -> Iterator[Tensor]:
+    """(U, B, B) Gram matrices less 1 of one bandwidth after the other; each overwrites the one before.
+
+    Dependence does not change when a constant is added to a Gram matrix, but where all samples are near to each
+    other entries close to 1 would lose in float32 what tells them apart; nor when one is added to the features.
+    """
+    x_UBN = x_UBN - x_UBN.mean(1, keepdim=True)
     if isinstance(bandwidths, str):
         n = x_UBN.shape[1]
         above = torch.ones(n, n, dtype=torch.bool, device=x_UBN.device).triu(1)
         median = (-2 * _exponents(x_UBN))[:, above].median(-1).values
         median = torch.where(median > 0, median, torch.ones_like(median))
-        yield (_exponents(x_UBN) / median[:, None, None]).exp_()
+        yield (_exponents(x_UBN) / median[:, None, None]).expm1_()
         return
     if not bandwidths or min(bandwidths) <= 0:
         raise UsageError(f"Bandwidths {bandwidths} are not all positive.", "Give at least one.")
     falling = sorted(bandwidths, reverse=True)
-    gram = _exponents(x_UBN, falling[0]).exp_()
+    gram = _exponents(x_UBN, falling[0]).expm1_()
     yield gram
     for wider, narrower in pairwise(falling):
         if wider == 2 * narrower:
-            gram.square_().square_()
+            for _ in range(2):
+                gram.mul_(gram + 2)  # (1 + a)^2 - 1
         else:
-            gram = _exponents(x_UBN, narrower).exp_()
+            gram = _exponents(x_UBN, narrower).expm1_()
         yield gram
 
 
@@ -150,7 +159,7 @@ def relevance(
     counts = coefficients(linear(y_BC), estimator).flatten()
     found = []
     for x in x_UBN.split(max(1, ENTRIES // len(counts))):
-        parts = [gram.flatten(1) @ counts for gram in _grams(x, bandwidths)]
+        parts = [gram.flatten(1) @ counts for gram in _less_one(x, bandwidths)]
         found.append(torch.stack(parts).mean(0))
     return torch.cat(found)
 
@@ -165,7 +174,7 @@ def redundancy(
     units = len(x_UBN)
     if units < 2:
         return x_UBN.new_zeros(units)
-    grams = gaussian(x_UBN, bandwidths)
+    grams = _mean(_less_one(x_UBN, bandwidths))
     pairs = grams.flatten(1) @ coefficients(grams, estimator).flatten(1).mT
     return (pairs.sum(1) - pairs.diagonal()) / (units - 1)
 
