@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "layer scale": ("deit3_small_patch16_224", {}),
     "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "averaged": ("vit_tiny_patch16_224", {"global_pool": "avg"}),  # beside a class token
     "attention pooling": ("vit_base_patch16_siglip_224", {}),
     "qk norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
@@ -133,6 +134,17 @@ def test_cost_of_random_plans_is_what_is_counted(data, kind):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         small(IMAGES[kind][:1])
     assert 2 * shape.macs == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_tokens_cost_what_is_counted(kind, fuses):
+    model = DENSE_MODELS[kind]
+    block = BlockPlan(num_tokens_out=model.num_prefix_tokens + 6, fuses=fuses)
+    small = surgery.apply(model, Plan(blocks=(block, BlockPlan()), matching="attention"))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        small.requires_grad_(False)(IMAGES[kind][:1])
+    assert 2 * shape_of(small).macs == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("kind", KINDS)

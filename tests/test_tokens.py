@@ -130,9 +130,9 @@ def test_selection_keeps_what_gets_attention_and_averages_the_rest(case):
             assert torch.equal(F.one_hot(state.source, state.x.shape[1]).sum(1), state.size.long())
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_selected_tokens_are_those_that_the_class_token_or_the_mean_query_looks_at(pool):
-    model = build("vit_tiny_patch16_224", depth=2, global_pool=pool, class_token=pool == "token")
+@pytest.mark.parametrize(("pool", "class_token"), [("token", True), ("avg", False), ("avg", True)])
+def test_selected_tokens_are_those_that_what_the_head_reads_looks_at(pool, class_token):
+    model = build("vit_tiny_patch16_224", depth=2, global_pool=pool, class_token=class_token)
     shape = shape_of(model)
     first = BlockPlan(num_tokens_out=5, fuses=True)
     small = surgery.apply(model, Plan(blocks=(first, BlockPlan())))

@@ -241,9 +241,17 @@ class Block(nn.Module):
         return self._added(x_BND, y)
 
     def attend_and_merge(
-        self, state: Tokens, num_out: int, num_prefix: int, matching: Matching
+        self,
+        state: Tokens,
+        num_out: int,
+        num_prefix: int,
+        matching: Matching,
+        pools_prefix: bool,
     ) -> Tokens:
         """The attention half, then `tokens.merge` or `tokens.fuse` until `num_out` tokens are left.
+
+        What the first token attends to counts where the head reads it; elsewhere a class token is one that nothing
+        has taught where to look.
 
         To be merged, tokens are compared by what the MLP is about to read, which costs no projection and does not
         depend on how queries and keys were factored.
@@ -252,8 +260,8 @@ class Block(nn.Module):
         if num_out == state.x.shape[1]:
             return state.replace(self.attend(state.x, bias))
         row_BN = None
-        if self.fuses or (matching == "attention" and num_prefix):
-            asks = "first" if num_prefix else "mean"
+        if self.fuses or (matching == "attention" and pools_prefix):
+            asks = "first" if pools_prefix else "mean"
             y, row_BN = self.attn(self.norm1(state.x), attn_mask=bias, asks=asks)
             state = state.replace(self._added(state.x, y))
         else:
@@ -302,13 +310,18 @@ class BlockStack(nn.ModuleList):
         blocks: `Block`s in order.
         num_prefix_tokens: leading tokens that are never merged.
         matching: rule by which tokens are paired, see `shape.Matching`.
+        pools_prefix: whether the head reads the first token, and not the patches.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], num_prefix_tokens: int, matching: Matching
+        self,
+        blocks: Sequence[nn.Module],
+        num_prefix_tokens: int,
+        matching: Matching,
+        pools_prefix: bool,
     ) -> None:
         super().__init__(blocks)
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens, self.pools_prefix = num_prefix_tokens, pools_prefix
         self.matching: Matching = matching
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -327,7 +340,7 @@ class BlockStack(nn.ModuleList):
         """The attention half of block `index`, and the merging after it."""
         num_out = self.num_out(index, state.x.shape[1])
         return self.block(index).attend_and_merge(
-            state, num_out, self.num_prefix_tokens, self.matching
+            state, num_out, self.num_prefix_tokens, self.matching, self.pools_prefix
         )
 
     @property
@@ -363,7 +376,7 @@ class BlockStack(nn.ModuleList):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             blocks = [self.block(i) for i in range(len(self))[index]]
-            return BlockStack(blocks, self.num_prefix_tokens, self.matching)
+            return BlockStack(blocks, self.num_prefix_tokens, self.matching, self.pools_prefix)
         return super().__getitem__(index)
 
 

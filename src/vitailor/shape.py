@@ -25,8 +25,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 #: Rule by which tokens are paired for merging. "cosine": highest cosine similarity, as in ToMe. "ward":
 #: least added variance, which weighs tokens by how many each stands for. "attention": the same, weighed
-#: by how much the first prefix token, mostly the class token, attends to a token too; like "ward" in a model
-#: without prefix tokens. See `tokens.affinity`.
+#: by how much the first prefix token, mostly the class token, attends to a token too; like "ward" where the head
+#: reads no prefix token. See `tokens.affinity`.
 Matching = Literal["attention", "ward", "cosine"]
 T = TypeVar("T", bound="Facts")
 #: Gentle merging takes about so many rounds, or merges at most one in so many sources in a round.
@@ -234,7 +234,7 @@ class ViTShape(Facts):
         if fuses:
             return before * queries  # one row of attention, computed once more
         pairs = similarity_pairs(before - self.num_prefix_tokens, before - after, self.matching)
-        row = before * queries if self.matching == "attention" and self.num_prefix_tokens else 0
+        row = before * queries if self.matching == "attention" and self.pools_prefix else 0
         return pairs * (self.match_features or self.embed_dim) + row
 
     def attention_macs(self, b: BlockShape) -> tuple[int, int]:

@@ -155,7 +155,9 @@ class Simulator:
 
     def _step(self, block: Block, state: tokens.Tokens, shape: ViTShape, i: int) -> tokens.Tokens:
         num_out = shape.blocks[i].num_tokens_out
-        state = block.attend_and_merge(state, num_out, shape.num_prefix_tokens, shape.matching)
+        state = block.attend_and_merge(
+            state, num_out, shape.num_prefix_tokens, shape.matching, shape.pools_prefix
+        )
         return state.replace(block.feed(state.x))
 
     def _block(self, i: int, want: BlockShape) -> Block:

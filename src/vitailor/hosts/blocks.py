@@ -115,6 +115,7 @@ class BlockHost(ABC):
                 ],
                 shape.num_prefix_tokens,
                 shape.matching,
+                shape.pools_prefix,
             )
         elif merges:
             host.blocks.matching = shape.matching
