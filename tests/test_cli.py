@@ -695,7 +695,7 @@ def test_search(run, refused, artifact, tmp_path):
     # It goes on by itself, here from the file in its folder, there from a storage.
     _, text, _ = run(*args, "--trials", 4, "-o", out, "--reward-images", 8, "--json")
     assert json.loads(text)["trials"][:3] == found["trials"]
-    shared = [*args, "--storage", journal, "--sampler", "random", "--reward", "digits:test"]
+    shared = [*args, "--storage", journal, "--sampler", "random", "--reward", "digits:train"]
     _, first, _ = run(*shared, "--trials", 2, "-o", tmp_path / "one", "--json")
     _, second, _ = run(*shared, "--trials", 3, "-o", tmp_path / "two", "--json")
     assert json.loads(second)["trials"][:2] == json.loads(first)["trials"]
@@ -703,6 +703,9 @@ def test_search(run, refused, artifact, tmp_path):
     assert (code, err) == (0, "")
     for words in ("best of 3 candidates", "mlp_dim", "a candidate", "top-1", "wrote"):
         assert words in text
+    flattering = [*args, "--reward", "digits:test", "--evaluate", "digits", "-o", tmp_path / "x"]
+    assert "would flatter" in refused(2, *flattering)
+    assert "--seed" in refused(2, *args, "--seed", "-1", "-o", tmp_path / "x")
     assert "trains nothing" in refused(2, *args, "--set", "training.epochs=1", "-o", tmp_path / "x")
     assert "sampler" in refused(2, *args, "--sampler", "gpp", "-o", tmp_path / "x")
     assert "--overwrite" in refused(1, *args, "-o", artifact)

@@ -421,6 +421,7 @@ def test_refusals_come_before_any_work(tmp_path):
     with pytest.raises(AssertionError, match="work has started"):
         vt.compress(make(), Unworkable(), vt.Budget(macs=0.7), data=unlabeled)
     refused(UsageError, "needs calibration images", data=None)
+    refused(UsageError, "negative", seed=-1)
     refused(DataError, "no images", data=[])
     refused(DataError, "nowhere", data=str(tmp_path / "nowhere"))
     refused(DataError, "needs labels", data=unlabeled, method=given_labels)

@@ -50,6 +50,7 @@ def found(folder=None, *, data=None, budget=HALF, **settings):
         {"compensation": False, "round_to": 1, "stages": None},
         {"criterion": "output_error", "dimensions": ("neurons", "qk", "v", "tokens")},
         {"tokens": "attention", "reward": "accuracy"},
+        {"tokens_apart": True, "token_blocks": (1, 3)},
         {"tokens": "fuse-dependence", "criterion": "output_error"},
         {"space": "harm", "tokens": "ward", "dimensions": ("neurons", "heads", "v", "tokens")},
         {"sampler": "random", "bandwidths": "median", "estimator": "unbiased"},
@@ -126,6 +127,8 @@ def test_nothing_is_calibrated_on_what_candidates_are_judged_on(monkeypatch, tmp
     few = vt.MultiDim(**(SMALL | {"trials": 1, "reward_images": 12}))
     vt.search(dense(), HALF, data=whole, reward=whole, method=few)
     assert seen == [30, 18]
+    vt.search(dense(), HALF, data=whole[:14], reward=whole, method=few)
+    assert seen.pop() == 14  # the others are enough to judge by
     # A folder is the same however it is spelled, and so is a part of it.
     from PIL import Image
 
@@ -277,6 +280,14 @@ def test_the_sampler_the_largest_ratio_and_the_step_are_those_asked_for(monkeypa
         assert min(trial["policy"]["mlp_dim"]) >= 0.5 * full  # rounded to what kernels like
     odd = found(round_to=1, compensation=False).trials
     assert any(size % 2 for trial in odd for size in trial["policy"]["mlp_dim"])
+
+
+def test_checkpoints_need_a_folder(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(vt.UsageError, match="is not a folder"):
+        found(file)
+    assert file.read_text() == "kept"
 
 
 @pytest.mark.parametrize("bad", [{"token_blocks": ()}, {"bandwidths": ()}])
@@ -452,7 +463,15 @@ def test_presets_are_as_published():
     assert (paper.initial, paper.trials, paper.reward) == (100, 200, "accuracy")
     assert paper.sharing is not None
     assert released.sharing is None
-    assert released.relevance == released.redundancy == 0.1
+    assert (paper.relevance, paper.tokens) == (1.0, "fuse-dependence")
+    assert (released.relevance, released.tokens) == (0.1, "fuse")
+    assert released.redundancy == paper.redundancy == 0.1
+    assert paper.training.distill == "soft"
+    assert released.training.distill is None
+    for training in (paper.training, released.training):
+        assert (training.epochs, training.batch_size, training.lr) == (300, 1024, 1e-3)
+        assert (training.mixup, training.cutmix, training.ema) == (0.8, 1.0, 0.99996)
+    assert released.compensation is paper.compensation is False
     assert vt.MultiDim.paper(trials=3).trials == 3
 
 
@@ -468,6 +487,12 @@ def test_presets_are_as_published():
             vt.Budget(macs=0.01),
             vt.BudgetError,
             "No plan meets",
+        ),
+        (
+            {"space": "harm", "tokens": "ward", "token_blocks": (9,), "sharing": TRAINING},
+            HALF,
+            vt.UsageError,
+            "Tokens cannot go in blocks",
         ),
         ({"reward_images": 30}, HALF, vt.DataError, "none is left to calibrate on"),
         (

@@ -123,6 +123,12 @@ def test_directions_are_free_and_scale_is_not():
     early, late = (shapes[0].blocks[i].mlp_dim for i in (0, 11))
     assert early < late
     assert len(Space(dense, stages=None).parameters) == 25
+    apart = Space(dense, tokens_apart=True)
+    assert apart.names[-3:] == ("tokens 4", "tokens 7", "tokens 10")
+    steep = dict.fromkeys(apart.names, 0.5) | {"tokens 7": 1.0}
+    ratios = apart.policy(steep, 0.6).tokens
+    assert [ratios[i] for i in (3, 6, 9)] == pytest.approx([0.3, 0.6, 0.3])
+    assert sum(ratios) == pytest.approx(1.2)
     more = Space(dense, ("neurons", "heads", "qk", "v", "tokens"), stages=1)
     assert [p.dimension for p in more.parameters] == ["neurons", "heads", "qk", "v", "tokens"]
 

@@ -74,8 +74,8 @@ def compress(
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model.
         before: the model's accuracy on these, where it is known already; else it is measured.
         train: training images, for methods that train, e.g. `VTP`; augmented as their settings say.
-        reward: images that candidates of a search are judged on, for `MultiDim`; those that `data` holds too
-            are not calibrated on. By default some of `data`.
+        reward: images that candidates of a search are judged on, for `MultiDim`: such as `data` does not hold, where
+            there are enough; else those it holds are not calibrated on. By default some of `data`.
         class_map: class index of each class folder of `evaluate`, `train` and `reward`.
         folder: for checkpoints of training and the journal of a search; None for none.
         resume: go on from the checkpoints in `folder`, if there are any.
@@ -202,6 +202,8 @@ def _prepare(
     preprocessing: Preprocessing,
     progress: Callable[[int, int], None] | None,
 ) -> Task:
+    if seed < 0:
+        raise UsageError(f"The seed {seed} is negative.", "Give 0 or more.")
     shape = shape_of(model)
     method.check(shape, budget)
     calibration: ImageSet | None = None
@@ -258,6 +260,8 @@ def _with_training(
     config = method.trains
     if method.resumable:
         place = None if folder is None else Path(folder)
+        if place is not None and place.exists() and not place.is_dir():
+            raise UsageError(f"{place} is not a folder.", "Name another for checkpoints.")
         task = replace(task, folder=place, resume=resume, on_event=on_event)
     if config is None and train is None:
         return task

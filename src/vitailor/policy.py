@@ -157,7 +157,8 @@ class Space:
         dense: the model that is cut.
         dimensions: which may be cut.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.
-        token_blocks: blocks, counted from 1, after whose attention tokens go. They share one ratio.
+        token_blocks: blocks, counted from 1, after whose attention tokens go.
+        tokens_apart: whether each of these has a ratio of its own; as published they share one.
         most: the largest ratio.
         steps: sizes are multiples of these.
         nearest, fused: see `Policy.apply`.
@@ -167,6 +168,7 @@ class Space:
     dimensions: Sequence[Dimension] = ("neurons", "heads", "tokens")
     stages: int | None = 3
     token_blocks: tuple[int, ...] = TOKEN_BLOCKS
+    tokens_apart: bool = False
     most: float = 0.9
     steps: Steps = STEPS
     nearest: bool = False
@@ -199,7 +201,8 @@ class Space:
                 continue
             if dimension == "tokens":
                 where = tuple(sorted({block - 1 for block in self.token_blocks}))
-                found.append(Parameter(dimension, where))
+                groups = [(i,) for i in where] if self.tokens_apart else [where]
+                found += [Parameter(dimension, group) for group in groups]
             else:
                 found += [Parameter(dimension, group) for group in self._groups()]
         return tuple(found)

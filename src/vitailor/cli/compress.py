@@ -246,15 +246,18 @@ def make_method(
 
 @contextmanager
 def watching(method: Method, what: str) -> Iterator[dict[str, Any]]:
-    """How the library is to tell of its progress: steps, or for a method that trains, its epochs."""
-    from .console import progress, training_progress
+    """How the library is to tell of its progress: steps, the candidates of a search, or the epochs of training."""
+    from .console import progress, training_progress, trial_progress
 
-    if method.trains is None:
+    if method.trains is not None:
+        with training_progress() as telling:
+            yield {"on_event": telling.event, "on_trial": telling.trial}
+    elif method.searches:
+        with trial_progress() as told:
+            yield {"on_trial": told}
+    else:
         with progress(what) as advance:
             yield {"progress": advance}
-    else:
-        with training_progress() as tell:
-            yield {"on_event": tell}
 
 
 @contextmanager

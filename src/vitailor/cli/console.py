@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UsageError, VitailorError
@@ -113,15 +114,27 @@ def _bar(what: str) -> Iterator[Callable[[int, int, str], None] | None]:
         yield move
 
 
+@dataclass(frozen=True)
+class Telling:
+    """How a user is told of training, and of a search that goes before it."""
+
+    event: Callable[[str, Event], None]
+    trial: OnTrial
+
+
 @contextmanager
-def training_progress() -> Iterator[Callable[[str, Event], None]]:
+def training_progress() -> Iterator[Telling]:
     """Tells how training goes: a bar on stderr when it is a terminal, else a line for each epoch. Of several
     processes only the first is told anything."""
+
+    def silent(*_: object) -> None:
+        pass
+
     if not is_first_process():
-        yield lambda stage, event: None
+        yield Telling(silent, silent)
         return
     if not sys.stderr.isatty():
-        yield _tell_epoch
+        yield Telling(_tell_epoch, silent)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -144,7 +157,11 @@ def training_progress() -> Iterator[Callable[[str, Event], None]]:
                 facts=_speed(event) + last,
             )
 
-        yield tell
+        def tell_trial(done: int, total: int, best: float) -> None:
+            facts = f"best {best:.4f}"
+            bars.update(task, description="searching", completed=done, total=total, facts=facts)
+
+        yield Telling(tell, tell_trial)
 
 
 def _tell_epoch(stage: str, event: Event) -> None:

@@ -170,7 +170,7 @@ Std = Annotated[
 ]
 
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Random seed.", rich_help_panel=_RUN)
+    int, typer.Option("--seed", metavar="N", min=0, help="Random seed.", rich_help_panel=_RUN)
 ]
 Device = Annotated[
     str | None,

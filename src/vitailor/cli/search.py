@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as as_json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, VitailorError
 from . import budgets as b
 from . import options as o
 
@@ -180,10 +182,7 @@ def search(
         test = open_images(
             evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
         )
-    if is_first_process():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(request, encoding="utf-8")
-    with trial_progress() as told:
+    with _noted(note, request), trial_progress() as told:
         found = run(
             opened.model,
             budget,
@@ -210,6 +209,26 @@ def search(
     if known is not None and "top1" in known.record:
         payload["top1"] = known.record["top1"]
     emit(payload, json, lambda out: _draw(out, payload, found.overhead_seconds))
+
+
+@contextmanager
+def _noted(note: Path, request: str) -> Iterator[None]:
+    """With a note of what is searched; gone again when that is refused before any work."""
+    from .console import is_first_process
+
+    fresh = not note.exists()
+    if is_first_process():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(request, encoding="utf-8")
+    try:
+        yield
+    except VitailorError:
+        if fresh and is_first_process() and list(note.parent.iterdir()) == [note]:
+            note.unlink()
+            with suppress(OSError):  # other files are there
+                note.parent.rmdir()
+                note.parent.parent.rmdir()
+        raise
 
 
 def _draw(out: Console, payload: dict[str, Any], overhead: float) -> None:

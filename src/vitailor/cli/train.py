@@ -146,7 +146,7 @@ def train(
     made, other, taught_by = with_teacher(
         opened.model, made, teacher, data, wanted=distill != "none"
     )
-    with training_progress() as tell:
+    with training_progress() as telling:
         trained = fine_tune(
             opened.model,
             data,
@@ -159,7 +159,7 @@ def train(
             class_map=class_map,
             device=device,
             preprocessing=resolve_preprocessing(opened.model, **transform),
-            on_event=lambda event: tell("training", event),
+            on_event=lambda event: telling.event("training", event),
         )
     if not is_first_process():
         return

@@ -26,7 +26,10 @@ def split(task: Task, wanted: int | None) -> tuple[ImageSet, ImageSet]:
     images = task.data
     if task.reward is not None:
         few = min(wanted or IMAGES, len(task.reward))
-        judged = task.reward.draw(few, task.seed) if few < len(task.reward) else task.reward
+        # Others than those to calibrate on, where there are enough.
+        others = without(task.reward, images)
+        pool = others if len(others) >= few else task.reward
+        judged = pool.draw(few, task.seed) if few < len(pool) else pool
     else:
         most = len(images) if wanted else max(1, int(len(images) * SHARE))
         judged = images.draw(min(wanted or IMAGES, most), task.seed)

@@ -5,7 +5,7 @@
 1. The units of each block are ranked by their statistical dependence on the predictions (`dependence`).
 2. A Gaussian-process search with expected improvement looks for the ratios of neurons, heads and tokens that harm
    least within the budget (`policy`, `studies`). Every candidate meets the budget exactly. It is judged by how close
-   its outputs are to the dense model's, or by its accuracy, on images that nothing else is done with.
+   its outputs are to the dense model's, or by its accuracy, on images that nothing else is done with before.
 3. The model is cut. Tokens that get least class attention become one.
 4. Optionally, weights are shared before the search (`sharing`), so that candidates are judged by weights that are
    used to being cut; and the model found is fine-tuned, mostly by distillation.
@@ -54,6 +54,22 @@ TokenRule = Literal["fuse", "fuse-dependence"] | Matching
 JOURNAL = "search.journal"
 #: Settings that decide nothing before the search.
 OF_SEARCH = {"trials", "initial", "sampler", "reward", "space", "storage", "training"}
+#: Fine-tuning as published, for 8 GPUs with 128 images each; without drop-path and repeated augmentation.
+RECIPE: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "warmup_epochs": 5,
+    "clip_grad": None,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "scale": (0.08, 1.0),
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "ema": 0.99996,
+}
 #: Dimensions that weights can be shared over.
 SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
 
@@ -77,16 +93,18 @@ class MultiDim(Method):
             whose allocation is the first candidate; `tokens` must then be a rule of merging, in any block.
         token_blocks: blocks, counted from 1, after whose attention they go; None for 4, 7 and 10 of twelve, as
             published, and like places in others.
+        tokens_apart: give each of these blocks a ratio of tokens of its own; as published, they share one.
         stages: so many groups of blocks share their ratios; None gives each block its own, as published.
         most: the largest ratio of anything that goes.
         round_to: sizes are multiples of it, rounded down; 1 as published. None for the nearest multiples of
             what kernels like.
         trials: candidates that are judged.
-        initial: of these, the ones that are spread out evenly beforehand; None for one more than parameters.
+        initial: of these, the ones that are spread out evenly beforehand; None for one more than there are free
+            numbers.
         sampler: "gp", or "random" for comparison.
         reward: "divergence" from the dense outputs, or "accuracy", for which images need labels.
-        reward_images: how many candidates are judged on, which nothing else is done with; None for 256, at most
-            half of the calibration images.
+        reward_images: how many candidates are judged on, which nothing else is done with before fine-tuning; None
+            for 256, at most half of the calibration images.
         storage: a journal file or the URL of a database, which several workers may share. By default a file
             beside the checkpoints, or memory where there are none.
         sharing: settings of training shared weights before the search; None for none.
@@ -115,6 +133,7 @@ class MultiDim(Method):
     token_blocks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = (
         None
     )
+    tokens_apart: bool = False
     stages: Annotated[int, Field(ge=1)] | None = 3
     most: Annotated[float, Field(gt=0, lt=1)] = 0.9
     round_to: Annotated[int, Field(ge=1)] | None = None
@@ -129,9 +148,12 @@ class MultiDim(Method):
 
     @classmethod
     def paper(cls, **changes: Any) -> MultiDim:
-        """As the paper has it: a ratio for each block, sizes of single units, shared weights, rewards by accuracy,
-        fine-tuning by distillation; nothing is compensated."""
+        """As the paper has it: dependence decides on heads, neurons and tokens alike; a ratio for each block, sizes of
+        single units, shared weights, rewards by accuracy, fine-tuning for 300 epochs with distillation; nothing is
+        compensated. How long weights were shared is not known: that is `TrainConfig()`."""
         fields: dict[str, Any] = {
+            "relevance": 1.0,
+            "tokens": "fuse-dependence",
             "compensation": False,
             "stages": None,
             "most": 0.5,
@@ -140,14 +162,21 @@ class MultiDim(Method):
             "initial": 100,
             "reward": "accuracy",
             "sharing": TrainConfig(),
-            "training": TrainConfig(distill="soft", alpha=0.5),
+            "training": TrainConfig(**RECIPE, distill="soft", alpha=0.5),
         }
         return cls(**(fields | changes))
 
     @classmethod
     def released(cls, **changes: Any) -> MultiDim:
-        """As its authors' code has it: the same without shared weights, fine-tuned on labels alone."""
-        return cls.paper(**({"sharing": None, "training": TrainConfig()} | changes))
+        """As its authors' code has it: activation decides on most of a neuron's score and class attention on tokens,
+        no weights are shared, and fine-tuning is on labels alone."""
+        fields: dict[str, Any] = {
+            "relevance": RELEVANCE,
+            "tokens": "fuse",
+            "sharing": None,
+            "training": TrainConfig(**RECIPE),
+        }
+        return cls.paper(**(fields | changes))
 
     @property
     def needs_labels(self) -> bool:
@@ -207,6 +236,9 @@ class MultiDim(Method):
             raise UsageError(
                 "The harm of fused tokens is not measured.", "Merge them (tokens=attention)."
             )
+        if self.sharing is not None and not keeps_all(budget, shape):
+            # Weights are shared over ratios, whatever is searched.
+            self._space(shape, budget.metric).require_reachable(budget.metric, budget.limit(shape))
         if self.space == "harm" and not keeps_all(budget, shape):
             limits = (budget.metric, budget.limit(shape))
             merging = self._merging(shape)
@@ -339,6 +371,7 @@ class MultiDim(Method):
             self._allowed(metric),
             None if self.stages is None else min(self.stages, shape.depth),
             token_blocks=self.token_blocks or token_blocks(shape.depth),
+            tokens_apart=self.tokens_apart,
             most=self.most,
             steps=self._steps(shape),
             nearest=self.round_to is None,
