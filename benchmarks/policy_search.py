@@ -120,12 +120,14 @@ class Bench:
             name = f"{space}-{compensation}-{sampler}-{seed}".replace(" ", "-")
             method = self.method(space, compensation, trials=TRIALS, sampler=sampler)
             found = self.search(method, seed, self.work / name)
-            seconds = sum(trial["seconds"] for trial in found.trials)
+            seconds = sum(trial["seconds"] for trial in found.trials) / len(found.trials)
+            own = found.model.vitailor.record["facts"]["own_trials"]
             return found.model, {
                 "reward": found.best["reward"],
                 "rewards": [trial["reward"] for trial in found.trials],
-                "seconds_per_trial": seconds / len(found.trials),
-                "overhead": found.overhead_seconds / seconds,
+                "seconds_per_trial": seconds,
+                # Of the trials that this process did; a search that was cut off tells of its last part.
+                "overhead": found.overhead_seconds / (own * seconds) if own else None,
             }
 
         return run
@@ -270,7 +272,8 @@ def line(own: list[dict], ours: dict | None, space: str, compensation: bool, nam
     searched = "rewards" in own[0]
     reward = f"{statistics.mean(row['reward'] for row in own):.3f}" if searched else ""
     seconds = f"{statistics.mean(row['seconds_per_trial'] for row in own):.1f}" if searched else ""
-    overhead = f"{statistics.mean(row['overhead'] for row in own):.0%}" if searched else ""
+    told = [row["overhead"] for row in own if row.get("overhead") is not None]
+    overhead = f"{statistics.mean(told):.0%}" if told else ""
     return (
         f"| {space} | {'yes' if compensation else 'no'} | {name} | {', '.join(f'{v:.1f}' for v in values)} | "
         f"{statistics.mean(values):.2f} | {versus} | {reward} | {seconds} | {overhead} |"
