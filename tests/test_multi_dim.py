@@ -72,7 +72,10 @@ def test_every_candidate_and_the_result_are_on_the_budget(settings):
     assert len({json.dumps(trial["policy"]) for trial in result.trials}) > 1
 
 
-def test_the_reward_is_how_close_the_outputs_come_on_images_that_nothing_else_sees(monkeypatch):
+@pytest.mark.parametrize("sharing", [None, TRAINING | {"lr": 0.1}])
+def test_the_reward_is_how_close_the_outputs_come_on_images_that_nothing_else_sees(
+    monkeypatch, sharing
+):
     seen: list[Tensor] = []
     score = dependence.score
 
@@ -81,7 +84,15 @@ def test_the_reward_is_how_close_the_outputs_come_on_images_that_nothing_else_se
         return score(model, batches, **more)
 
     monkeypatch.setattr(dependence, "score", listening)
-    result = found(compensation=False, reward_images=12, trials=3)
+    result = vt.search(
+        dense(),
+        HALF,
+        data=labeled(),
+        train=None if sharing is None else labeled(),
+        method=vt.MultiDim(
+            token_blocks=(2,), compensation=False, reward_images=12, trials=3, sharing=sharing
+        ),
+    )
     small = result.model
     judged = [i for i, (x, _) in enumerate(labeled()) if not any(torch.equal(x, y) for y in seen)]
     assert len(judged) == 12
@@ -406,6 +417,13 @@ def test_a_search_goes_on_where_it_stopped(tmp_path):
     shifted = [(x + 1, label) for x, label in labeled()]
     fresh = found(tmp_path, trials=2, data=shifted)
     assert fresh.model.vitailor.record["facts"]["own_trials"] == 2
+    for offset in (2, 3):
+        judged = [(x + offset, label) for x, label in labeled()[:5]]
+        method = vt.MultiDim(**(SMALL | {"trials": 1}))
+        fresh = vt.search(
+            dense(), HALF, data=labeled(), reward=judged, method=method, folder=tmp_path
+        )
+        assert fresh.model.vitailor.record["facts"]["own_trials"] == 1
     other = found(tmp_path, trials=3, budget=vt.Budget(macs=0.7))
     assert other.model.vitailor.record["facts"]["own_trials"] == 3
 
