@@ -271,7 +271,7 @@ def page(found: list[dict]) -> str:
                 f"{row['output_error']:.3f} | {row['top1']:.2f} | "
                 f"{span(outcomes(row), outcomes(whole))} | {row['seconds']:.0f} |"
             )
-        lines.append("")
+        lines += ["", *finding(own), ""]
         if name == "dense":
             lines += hybrid_table(own, whole)
     if not lines:
@@ -298,6 +298,30 @@ def page(found: list[dict]) -> str:
             "",
         ]
     return "\n".join([*head, *lines]).rstrip() + "\n"
+
+
+def finding(own: list[dict]) -> list[str]:
+    """Whether the paper's choice, SVD, is the most accurate one."""
+    by_key = {(row["row"], row["keep"]): row for row in own}
+    told, firsts = [], set()
+    for aware, words in ((True, "as inputs see the weights"), (False, "of the weights alone")):
+        best = []
+        for keep in KEEPS:
+            kinds = {
+                kind: by_key.get((title(kind, aware), keep)) for kind in get_args(Decomposition)
+            }
+            if any(row is None for row in kinds.values()):
+                return []  # not all is measured yet
+            first = max(kinds, key=lambda kind: kinds[kind]["top1"])
+            firsts.add(first)
+            best.append(f"{first} {kinds[first]['top1']:.1f}")
+        told.append(f"{words} {', '.join(best)}")
+    levels = ", ".join(f"{keep:g}" for keep in KEEPS)
+    svd = firsts <= {"svd", "randomized-svd"}
+    return [
+        f"The paper chooses SVD. The most accurate at {levels} of the parameters: {'; '.join(told)}. By",
+        f"accuracy the choice is {'confirmed' if svd else 'not confirmed'} (randomized SVD is the same from a sketch).",
+    ]
 
 
 def hybrid_table(own: list[dict], whole: dict) -> list[str]:
