@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -245,6 +245,37 @@ def test_a_line_that_was_torn_off_is_left_out(tmp_path):
         assert points(s.search(bowl, NAMES, trials=6, study="x", storage=file)) == points(whole)
 
 
+def test_a_full_disk_leaves_a_journal_that_can_be_read(tmp_path):
+    file = tmp_path / "journal.log"
+    torn = []
+
+    def tears(direction):
+        with file.open("ab") as journal:  # as a write that could not be finished does
+            journal.write(b'{"op_code":5,"work')
+        torn.append(None)
+        return bowl(direction)
+
+    found = s.search(tears, NAMES, trials=4, study="x", storage=file)
+    assert len(torn) == 4
+    assert points(s.search(bowl, NAMES, trials=4, study="x", storage=file)) == points(found)
+
+
+def test_a_trial_that_was_given_up_before_it_began_is_left_to_others(monkeypatch):
+    real, asked_for = optuna.Study.ask, []
+
+    def slow(study, *more, **named):
+        trial = real(study, *more, **named)
+        asked_for.append(trial.number)
+        if len(asked_for) == 1:  # so slow that another worker took it for dead
+            s._again(study, trial.number, trial.params)
+        return trial
+
+    monkeypatch.setattr(optuna.Study, "ask", slow)
+    found = s.search(bowl, NAMES, trials=3, study="x", initial=2)
+    assert asked_for[0] not in [trial.number for trial in found.trials]
+    assert points(found)[1] == (1.0, 1.0, 1.0)
+
+
 def test_locks_lead_to_the_journal_from_anywhere(tmp_path, monkeypatch):
     # Optuna tells by what its link leads to whether the process that made it is gone.
     monkeypatch.chdir(tmp_path)
@@ -277,36 +308,35 @@ def test_the_making_of_a_study_is_finished_by_whoever_comes_next(tmp_path, monke
 
 
 def test_the_making_of_a_study_may_take_its_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_storage, "PATIENCE", 1.5)
-    monkeypatch.setattr(study_storage, "PAUSE", 0.1)
     study = begin(tmp_path / "journal.log", 1)
+    left = [dict(zip(NAMES, point, strict=True)) for point in s.design(3, 4, 0)[1:]]
+    clock = [0.0]
 
-    def slowly():
-        for point in s.design(3, 4, 0)[1:]:
-            time.sleep(0.9)
-            study.enqueue_trial(dict(zip(NAMES, point, strict=True)))
-        study.set_user_attr(study_storage.READY, True)
+    def makes_some(
+        seconds,
+    ):  # another worker, of which most of the patience passes between two points
+        clock[0] += 0.8 * study_storage.PATIENCE
+        if left:
+            study.enqueue_trial(left.pop(0))
+        else:
+            study.set_user_attr(study_storage.READY, True)
 
-    maker = threading.Thread(target=slowly)
-    maker.start()
+    monkeypatch.setattr(
+        study_storage, "time", SimpleNamespace(sleep=makes_some, monotonic=lambda: clock[0])
+    )
     found = s.search(bowl, NAMES, trials=4, study="x", storage=tmp_path / "journal.log")
-    maker.join()
     assert points(found) == [tuple(point) for point in s.design(3, 4, 0)]
     assert len(study.trials) == 4
 
 
-def test_what_was_given_up_and_not_queued_again_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(s, "PATIENCE", -1.0)
+def test_what_was_given_up_and_not_queued_again_is_done(tmp_path):
     study = begin(tmp_path / "journal.log", 4)
     study.set_user_attr(study_storage.READY, True)
     study.tell(study.ask().number, state=optuna.trial.TrialState.FAIL)
     file = tmp_path / "journal.log"
-    assert [t.number for t in s.search(bowl, NAMES, trials=3, study="x", storage=file).trials] == [
-        1,
-        2,
-        3,
-    ]
-    found = s.search(bowl, NAMES, trials=4, study="x", storage=file)
+    early = s.search(bowl, NAMES, trials=3, study="x", storage=file)  # it may still be queued
+    assert [trial.number for trial in early.trials] == [1, 2, 3]
+    found = s.search(bowl, NAMES, trials=4, study="x", storage=file, stale=0.0)
     assert sorted(points(found)) == sorted(tuple(point) for point in s.design(3, 4, 0))
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.stats import qmc
 
 from .errors import UsageError
-from .study_storage import PATIENCE, PAUSE, open_study, patiently
+from .study_storage import PAUSE, open_study, patiently
 
 Sampler = Literal["gp", "random"]
 #: Seconds between signs of life, and without one until a trial counts as abandoned.
@@ -128,7 +128,7 @@ def search(
     points = [dict(zip(names, p, strict=True)) for p in design(len(names), count, seed, first)]
     with _quiet():
         found = open_study(study, storage, _PerTrial(sampler, seed, count), identity, points)
-        _adopt(found)
+        _adopt(found, stale)
         own: list[int] = []
         began, working = time.perf_counter(), 0.0
         while True:
@@ -138,17 +138,21 @@ def search(
             if len(_finished(found)) + len(_running(found)) >= trials:
                 time.sleep(PAUSE)  # others are at work on what is left; should one die, it is ours
                 continue
-            trial = patiently(lambda: found.ask({name: FloatDistribution(0, 1) for name in names}))
-            if _crowded(found, trial, trials):
-                _again(found, trial.number, trial.params)
-                continue
-            started = time.perf_counter()
-            with _alive(trial):
-                value, facts = _asked(reward, found, trial)
-            seconds = time.perf_counter() - started
-            working += seconds
-            if not _stored(found, trial, value, facts | {SECONDS: seconds}):
-                continue
+            try:
+                trial = patiently(
+                    lambda: found.ask({name: FloatDistribution(0, 1) for name in names})
+                )
+                if _crowded(found, trial, trials):
+                    _again(found, trial.number, trial.params)
+                    continue
+                started = time.perf_counter()
+                with _alive(trial):
+                    value, facts = _asked(reward, found, trial)
+                seconds = time.perf_counter() - started
+                working += seconds
+                _store(found, trial, value, facts | {SECONDS: seconds})
+            except UpdateFinishedTrialError:
+                continue  # no sign of life came through for so long that another has queued it again
             own.append(trial.number)
             if on_trial is not None:
                 done = _finished(found)
@@ -169,30 +173,29 @@ def _asked(reward: Reward, study: Study, trial: Trial) -> tuple[float, dict[str,
             )
         return value, facts
     except BaseException:  # also an interrupt
-        _again(study, trial.number, trial.params)
+        with suppress(Exception):  # what went wrong first is what is told
+            _again(study, trial.number, trial.params)
         raise
 
 
 def _crowded(study: Study, trial: Trial, trials: int) -> bool:
     """Whether trials begun before this one are enough: several workers may see the same one missing."""
-    states = (TrialState.COMPLETE, TrialState.RUNNING)
-    others = study.get_trials(deepcopy=False, states=states)
+    others = _trials(study, TrialState.COMPLETE, TrialState.RUNNING)
     return sum(other.number < trial.number for other in others) >= trials
 
 
-def _stored(study: Study, trial: Trial, value: float, facts: dict[str, Any]) -> bool:
-    """Put a trial's outcome into the study; False where no sign of life came through for so long that another
-    worker has queued it again."""
+def _store(study: Study, trial: Trial, value: float, facts: dict[str, Any]) -> None:
+    """Put a trial's outcome into the study.
+
+    Raises:
+        UpdateFinishedTrialError: when another worker has given it up.
+    """
 
     def store() -> None:
         trial.set_user_attr(FACTS, facts)
         study.tell(trial, value)
 
-    try:
-        patiently(store)
-    except (UpdateFinishedTrialError, ValueError):
-        return False
-    return True
+    patiently(store)
 
 
 def design(
@@ -278,26 +281,26 @@ def _requeue(study: Study, stale: float) -> None:
         _again(study, trial.number, _params(trial))
 
 
-def _adopt(study: Study) -> None:
+def _adopt(study: Study, stale: float) -> None:
     """Queue what a worker gave up and, killed in between, did not queue again."""
-    known = study.get_trials(deepcopy=False)
+    known = _trials(study)
     queued = {trial.user_attrs.get(AGAIN) for trial in known}
     for trial in known:
         ended = trial.datetime_complete
-        long_ago = ended is not None and time.time() - ended.timestamp() > PATIENCE
+        long_ago = ended is not None and time.time() - ended.timestamp() > stale
         if trial.state is TrialState.FAIL and trial.number not in queued and long_ago:
             _queue(study, trial.number, _params(trial))
 
 
 def _params(trial: FrozenTrial) -> Mapping[str, float]:
     """What a trial is about, or is to be."""
-    return trial.params or trial.system_attrs.get("fixed_params", {})
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _again(study: Study, number: int, params: Mapping[str, float]) -> None:
     """Give a trial up, and queue what it was about."""
     try:
-        study.tell(number, state=TrialState.FAIL)
+        patiently(lambda: study.tell(number, state=TrialState.FAIL))
     except (ValueError, UpdateFinishedTrialError):  # another worker was faster
         return
     _queue(study, number, params)
@@ -305,15 +308,19 @@ def _again(study: Study, number: int, params: Mapping[str, float]) -> None:
 
 def _queue(study: Study, number: int, params: Mapping[str, float]) -> None:
     if params:
-        study.enqueue_trial(dict(params), user_attrs={AGAIN: number})
+        patiently(lambda: study.enqueue_trial(dict(params), user_attrs={AGAIN: number}))
 
 
 def _running(study: Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return _trials(study, TrialState.RUNNING)
+
+
+def _trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    """Trials in these states, or all."""
+    return patiently(lambda: study.get_trials(deepcopy=False, states=states or None))
 
 
 def _finished(study: Study) -> list[Finished]:
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [
         Finished(
             trial.number,
@@ -322,7 +329,7 @@ def _finished(study: Study) -> list[Finished]:
             trial.user_attrs[FACTS][SECONDS],
             {name: fact for name, fact in trial.user_attrs[FACTS].items() if name != SECONDS},
         )
-        for trial in done
+        for trial in _trials(study, TrialState.COMPLETE)
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,13 +68,17 @@ def open_study(
                 f"The study '{name}' was begun with another {key}: {known[key]}, not {value}.",
                 "Use the same settings, or another storage.",
             )
-    if READY not in known:
+
+    def make() -> None:
         for key, value in identity.items():
             study.set_user_attr(key, value)
         # Whoever dies in the middle of it leaves it to the next, which queues only what is missing.
         for point in initial:
             study.enqueue_trial(dict(point), skip_if_exists=True)
         study.set_user_attr(READY, True)
+
+    if READY not in known:
+        patiently(make)
     return study
 
 
@@ -109,18 +115,29 @@ def _place(storage: str | Path | None) -> BaseStorage | str:
     # Optuna's lock is a link to the path as it is given, which beside the journal would lead nowhere.
     file = Path(storage).expanduser().resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalFileSymlinkLock(str(file))
-    backend = JournalFileBackend(str(file), lock_obj=lock)
-    _cut_torn_line(file, lock)
-    return JournalStorage(backend)
+    return JournalStorage(_Journal(file))
 
 
-def _cut_torn_line(file: Path, lock: JournalFileSymlinkLock) -> None:
-    """Remove a last line that was never finished, as a full disk leaves it: what is added to it is lost, too."""
-    lock.acquire()
-    try:
-        with file.open("rb+") as journal:
-            content = journal.read()
-            journal.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+class _Journal(JournalFileBackend):
+    """A journal that goes on after a line that was never finished, as a full disk or a power cut leaves it: what is
+    added to such a line could never be read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.lock = file, JournalFileSymlinkLock(str(file))
+        super().__init__(str(file), lock_obj=self.lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        self.lock.acquire()
+        try:
+            with self.file.open("rb+") as journal:
+                end = journal.seek(0, os.SEEK_END)
+                if end and (journal.seek(-1, os.SEEK_END), journal.read(1))[1] != b"\n":
+                    journal.seek(0)
+                    end = journal.truncate(journal.read().rfind(b"\n") + 1)
+                journal.seek(end)
+                journal.write(lines.encode())
+                journal.flush()
+                os.fsync(journal.fileno())
+        finally:
+            self.lock.release()
