@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
@@ -16,7 +17,9 @@ import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
+from vitailor import data
 from vitailor.data import (
     ImageSet,
     Preprocessing,
@@ -30,6 +33,7 @@ from vitailor.data import (
 )
 from vitailor.digits import digit_images, split_indices
 from vitailor.errors import DataError, UsageError
+from vitailor.training import Augmentation, TrainConfig
 
 REAL = Path(os.environ.get("VITAILOR_DATA") or Path(__file__).parents[2] / "shared" / "data")
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images at {REAL}")
@@ -342,6 +346,41 @@ def test_a_corrupt_image_is_named_when_read(tmp_path: Path, workers: int, damage
         assert "\n" not in str(error)
 
 
+# -- the same image
+
+
+def test_an_image_is_the_same_in_other_sets(three_classes, tmp_path):
+    here = open_images(three_classes, SMALL)
+    linked = tmp_path / "some"
+    linked.mkdir()
+    for name in here.names[:3]:
+        (linked / name.replace("/", "-")).symlink_to(three_classes / name)
+    assert set(open_images(linked, SMALL).identities) == set(here.identities[:3])
+    assert here.subset([2, 0]).identities == (here.identities[2], here.identities[0])
+    folder = ImageFolder(three_classes)
+    assert open_images(folder, SMALL).identities == here.identities
+    part = Subset(Subset(folder, [4, 1, 3]), [2, 0])
+    assert open_images(part, SMALL).identities == (here.identities[3], here.identities[4])
+    tensors = TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4))
+    own = open_images(tensors, None).identities
+    assert len(set(own)) == 4
+    assert open_images(Subset(tensors, [3]), None).identities == own[3:]
+    assert not set(open_images(copy.deepcopy(tensors), None).identities) & set(own)
+
+
+def test_an_image_in_memory_is_the_same_by_its_content():
+    x = torch.randn(3, 3, 8, 8)
+    first, second = (open_images(source, None).identities for source in (x, [x[2], x[0].clone()]))
+    assert second == (first[2], first[0])
+    # A picture is the same however it is augmented.
+    pictures = [Image.effect_noise((12, 12), 50 + i).convert("RGB") for i in range(3)]
+    crops = Augmentation.of(SMALL, TrainConfig(scale=(0.2, 0.5)))
+    plain, augmented = open_images(pictures, SMALL), open_images(pictures, crops)
+    assert not torch.equal(plain[0][0], augmented[0][0])
+    assert plain.identities == augmented.identities
+    assert len(set(plain.identities)) == 3
+
+
 # -- loading
 
 
@@ -368,6 +407,8 @@ def test_an_accelerator_gets_its_share_of_readers(
     assert readers(images, torch.device(device), asked) == expected
     held = open_images([torch.zeros(3, 8, 8)], None)
     assert readers(held, torch.device(device), asked) == (asked or 0)
+    monkeypatch.setattr(data, "LEAST_SHARED", 2**60)
+    assert readers(images, torch.device(device), asked) == (asked or 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -157,7 +157,7 @@ def test_nothing_is_calibrated_on_what_candidates_are_judged_on(monkeypatch, tmp
             vt.search(dense(), HALF, data=data, reward=reward, method=two)
     assert seen[2:] == [8] * 10
     assert [one.source for one in opened] == sources
-    with pytest.raises(vt.UsageError, match="among those that candidates are judged on"):
+    with pytest.raises(vt.UsageError, match="among those that candidates may be judged on"):
         vt.search(
             dense(),
             HALF,
@@ -291,6 +291,13 @@ def test_the_sampler_the_largest_ratio_and_the_step_are_those_asked_for(monkeypa
         assert min(trial["policy"]["mlp_dim"]) >= 0.5 * full  # rounded to what kernels like
     odd = found(round_to=1, compensation=False).trials
     assert any(size % 2 for trial in odd for size in trial["policy"]["mlp_dim"])
+
+
+def test_images_of_both_trainings_are_augmented_alike():
+    unlike = vt.MultiDim(**SMALL, sharing=TRAINING, training=TRAINING | {"scale": (0.5, 1.0)})
+    with pytest.raises(vt.UsageError, match=r"sharing\.scale is None, training\.scale"):
+        vt.compress(dense(), unlike, HALF, data=labeled(), train=labeled())
+    vt.MultiDim.paper(token_blocks=(2,)).check(shape_of(dense()), HALF)
 
 
 def test_checkpoints_need_a_folder(tmp_path):

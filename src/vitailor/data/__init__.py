@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +32,8 @@ __all__ = [
 
 #: More seldom help one accelerator.
 MAX_READERS = 8
+#: Where processes hand images over, and the bytes that this takes with batches of a hundred; containers often have less.
+SHARED, LEAST_SHARED = Path("/dev/shm"), 2 * 2**30
 
 Data = str | os.PathLike[str] | Dataset[Any] | Iterable[Any]
 
@@ -121,19 +125,28 @@ def loader(data: Data, *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
 def readers(images: ImageSet, device: torch.device, workers: int | None = None) -> int:
     """How many processes should read images while a device computes, unless `workers` says so.
 
-    None for a CPU, whose cores are at work, nor for images in memory. An accelerator would wait for a single
-    reader: it gets up to `MAX_READERS` of this machine's cores, a fair share of them for each process of a
-    training. Where processes are not forked there are none either: a script would be run again in each.
+    None for a CPU, whose cores are at work. An accelerator would wait for a single reader: it gets up to
+    `MAX_READERS` of this machine's cores, a fair share of them for each process of a training. But none for a
+    dataset of the user's, which may hold what other processes cannot have; where processes are not forked, since
+    a script would be run again in each; where they have little memory to hand images over in; and in a process
+    that may have none of its own.
     """
     if workers is not None:
         return workers
     methods = torch.multiprocessing
     method = methods.get_start_method(allow_none=True) or methods.get_all_start_methods()[0]
-    if device.type == "cpu" or images.in_memory or method != "fork":
+    if device.type == "cpu" or not images.decodes or method != "fork" or not _may_share():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MAX_READERS, max(1, share))
+
+
+def _may_share() -> bool:
+    """Whether this process may have others, and shared memory to speak of."""
+    if multiprocessing.current_process().daemon:
+        return False
+    return not SHARED.is_dir() or shutil.disk_usage(SHARED).free >= LEAST_SHARED
 
 
 def _is_map_style(data: Any) -> bool:

@@ -42,8 +42,14 @@ class UnreadableImageError(DataError):
 class Reader(Protocol):
     """Where the images of an `ImageSet` come from."""
 
+    #: Whether reading is work of ours, which several processes may share.
+    decodes: bool
+
     def read(self, index: int) -> tuple[Tensor, int]:
         """An image as a model takes it, and its label (-1: none)."""
+
+    def identity(self, index: int) -> str:
+        """What is the same for the same image of another set."""
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -52,7 +58,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     Attributes:
         source: where the images come from, as the user named it.
         names: what tells the images apart, in order: relative path or index.
-        identities: what is the same for the same image of another set, however that is named.
+        identities: what is the same for the same image of another set, as far as can be known: a file's real path,
+            a data set's place in it, or in memory a hash of the content.
         labels: class index of each; -1 where there is none, or none is known before it is read.
         labeled: whether the images have labels.
         class_names: name of each class index, where known, else empty.
@@ -68,10 +75,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         labeled: bool = True,
         class_names: Sequence[str] = (),
         indices: Sequence[int] | None = None,
-        origin: str | None = None,
     ) -> None:
         self._reader = reader
-        self._origin = source if origin is None else origin
         self._indices = tuple(range(len(names)) if indices is None else indices)
         self.source = source
         self.names = tuple(names)
@@ -94,6 +99,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """Whether images are held in memory, ready for a model."""
         return isinstance(self._reader, _Tensors)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether reading an image is work of ours, which several processes may share."""
+        return self._reader.decodes
+
     @cached_property
     def list_hash(self) -> str:
         """SHA-256 over the sorted names with their labels; images given as tensors go by number."""
@@ -102,11 +112,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def identities(self) -> tuple[str, ...]:
-        """For each image its origin and name, e.g. a file's whole path; in memory, a hash of its content."""
-        if not isinstance(self._reader, _Tensors):
-            return tuple(f"{self._origin}{name}" for name in self.names)
-        images = (self._reader.images[i] for i in self._indices)
-        return tuple(sha256(_bytes(image)).hexdigest() for image in images)
+        """See the class."""
+        return tuple(self._reader.identity(i) for i in self._indices)
 
     def subset(self, positions: Iterable[int]) -> ImageSet:
         """The images at these positions, in the order given."""
@@ -119,7 +126,6 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             labeled=self.labeled,
             class_names=self.class_names,
             indices=[self._indices[i] for i in chosen],
-            origin=self._origin,
         )
 
     def draw(self, images: int, seed: int = 0) -> ImageSet:
@@ -173,16 +179,24 @@ def check_labels(labels: Iterable[int], num_classes: int | None, source: str) ->
 
 
 class _Tensors:
-    def __init__(self, images: list[Tensor], labels: list[int]) -> None:
-        self.images, self.labels = images, labels
+    decodes = False
+
+    def __init__(self, images: list[Tensor], labels: list[int], seen: list[str | None]) -> None:
+        self.images, self.labels, self.seen = images, labels, seen
 
     def read(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
 
+    def identity(self, index: int) -> str:
+        return (
+            self.seen[index]
+            or sha256(self.images[index].cpu().float().contiguous().numpy().tobytes()).hexdigest()
+        )
 
-def _bytes(image: Tensor) -> bytes:
-    """Its numbers, whatever its strides and precision."""
-    return image.detach().cpu().float().contiguous().numpy().tobytes()
+
+def picture_identity(picture: Image) -> str:
+    """Of an image before it is made a tensor, which an augmentation may do otherwise each time."""
+    return sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 class Memory:
@@ -191,9 +205,18 @@ class Memory:
     def __init__(self) -> None:
         self.images: list[Tensor] = []
         self.labels: list[int] = []
+        self.seen: list[str | None] = []
         self.bytes = 0
 
-    def add(self, images: list[Tensor], labels: list[int], *, bounded: bool = True) -> None:
+    def add(
+        self,
+        images: list[Tensor],
+        labels: list[int],
+        *,
+        identity: str | None = None,
+        bounded: bool = True,
+    ) -> None:
+        """Hold images; `identity` is that of a single one, where it has one of its own."""
         for image in images:
             first = self.images[0] if self.images else image
             if image.shape != first.shape:
@@ -202,6 +225,7 @@ class Memory:
                     "Give tensors of one size.",
                 )
             self.images.append(image)
+            self.seen.append(identity)
             self.bytes += image.numel() * image.element_size()
         self.labels += labels
         if bounded and self.bytes > MAX_BYTES_IN_MEMORY:
@@ -217,7 +241,7 @@ class Memory:
                 f"{source} has labels for some images only.", "Label all of them, or none."
             )
         return ImageSet(
-            _Tensors(self.images, self.labels),
+            _Tensors(self.images, self.labels, self.seen),
             source=source,
             names=names,
             labels=self.labels,

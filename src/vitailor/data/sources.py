@@ -25,6 +25,7 @@ from .imageset import (
     check_labels,
     decode,
     numbers,
+    picture_identity,
     transform_of,
 )
 
@@ -32,12 +33,17 @@ ClassMap = str | os.PathLike[str] | Mapping[str, int]
 
 
 class _Files:
+    decodes = True
+
     def __init__(self, paths: list[Path], labels: list[int], transform: Transform) -> None:
         self.paths, self.labels, self.transform = paths, labels, transform
 
     def read(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         return self.transform(decode(path, str(path))), self.labels[index]
+
+    def identity(self, index: int) -> str:
+        return os.path.realpath(self.paths[index])
 
 
 def open_folder(
@@ -65,7 +71,6 @@ def open_folder(
     return ImageSet(
         _Files(paths, labels, transform_of(preprocessing)),
         source=str(root),
-        origin=f"{root.resolve()}{os.sep}",
         names=names,
         labels=labels,
         labeled=bool(folders),
@@ -74,13 +79,20 @@ def open_folder(
 
 
 class _Digits:
-    def __init__(self, grey: Any, labels: list[int], transform: Transform) -> None:
-        self.grey, self.labels, self.transform = grey, labels, transform
+    decodes = True
+
+    def __init__(
+        self, grey: Any, labels: list[int], transform: Transform, numbers: Sequence[int]
+    ) -> None:
+        self.grey, self.labels, self.transform, self.numbers = grey, labels, transform, numbers
 
     def read(self, index: int) -> tuple[Tensor, int]:
         from PIL import Image
 
         return self.transform(Image.fromarray(self.grey[index]).convert("RGB")), self.labels[index]
+
+    def identity(self, index: int) -> str:
+        return f"digit {self.numbers[index]}"  # of the whole set
 
 
 def open_digits(data: str, preprocessing: Preprocessing | None, split: str) -> ImageSet:
@@ -91,9 +103,8 @@ def open_digits(data: str, preprocessing: Preprocessing | None, split: str) -> I
     grey, targets = digit_images(chosen)
     labels = [int(label) for label in targets]
     return ImageSet(
-        _Digits(grey, labels, transform_of(preprocessing)),
+        _Digits(grey, labels, transform_of(preprocessing), split_indices(chosen)),
         source=f"digits:{part}",
-        origin="digits:",  # names are numbers of the whole set
         names=[str(i) for i in split_indices(chosen)],
         labels=labels,
         class_names=[str(i) for i in range(NUM_DIGITS)],
@@ -101,16 +112,32 @@ def open_digits(data: str, preprocessing: Preprocessing | None, split: str) -> I
 
 
 class _Dataset:
+    decodes = False  # it may hold what cannot be shared with other processes
+
     def __init__(
-        self, dataset: Dataset[Any], transform: Transform | None, num_classes: int | None
+        self,
+        dataset: Dataset[Any],
+        transform: Transform | None,
+        num_classes: int | None,
+        origin: str | None,
     ) -> None:
         self.dataset, self.transform, self.num_classes = dataset, transform, num_classes
+        self.origin = origin
 
     def read(self, index: int) -> tuple[Tensor, int]:
         image, label = _split_item(self.dataset[index])
         number = UNLABELED if label is None else as_label(label)
         check_labels((number,), self.num_classes, type(self.dataset).__name__)
         return _as_input(image, self.transform, dims=(3,)), number
+
+    def identity(self, index: int) -> str:
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+        samples = getattr(dataset, "samples", None)  # of torchvision's folders
+        if isinstance(samples, list) and isinstance(samples[index][0], str):
+            return str(os.path.realpath(samples[index][0]))
+        return f"{self.origin or f'{type(dataset).__name__} {id(dataset)}'} {index}"
 
 
 def open_dataset(
@@ -121,19 +148,22 @@ def open_dataset(
     source: str | None = None,
     origin: str | None = None,
 ) -> ImageSet:
-    """Images of a dataset in Python. `source` and `origin` tell where they come from, if it is known."""
+    """Images of a dataset in Python.
+
+    Args:
+        source, origin: how the user named it, and what is the same for it under any name, where it has names.
+    """
     size = len(cast("Sequence[Any]", dataset))
     source = source or type(dataset).__name__
     if not size:
         raise DataError(f"{source} has no images.", "Give a dataset that is not empty.")
     transform = preprocessing.transform() if preprocessing else None
-    reader = _Dataset(dataset, transform, num_classes)
+    reader = _Dataset(dataset, transform, num_classes, origin)
     labeled = reader.read(0)[1] != UNLABELED
     targets = _targets(dataset) if labeled else None
     return ImageSet(
         reader,
         source=source,
-        origin=origin or f"{source} {id(dataset)}:",
         names=numbers(size),
         labels=None if targets is None else [as_label(target) for target in targets],
         labeled=labeled,
@@ -155,6 +185,8 @@ def _targets(dataset: Any) -> list[Any] | None:
 
 
 def open_iterable(data: Iterable[Any], preprocessing: Preprocessing | None) -> ImageSet:
+    from PIL import Image
+
     transform = preprocessing.transform() if preprocessing else None
     source, kept = type(data).__name__, Memory()
     for item in data:
@@ -169,7 +201,9 @@ def open_iterable(data: Iterable[Any], preprocessing: Preprocessing | None) -> I
                 "Give one class index for each image.",
             )
         labels = [as_label(v) for v in values] or [UNLABELED] * len(batch)
-        kept.add(batch, labels, bounded=not isinstance(data, Sequence | Tensor))
+        own = picture_identity(image) if isinstance(image, Image.Image) else None
+        bounded = not isinstance(data, Sequence | Tensor)
+        kept.add(batch, labels, identity=own, bounded=bounded)
     if not kept.images:
         raise DataError(
             f"{source} gave no images.", "An iterator can be read once only; give a list."

@@ -21,6 +21,7 @@ from .imageset import (
     decode,
     draw_positions,
     numbers,
+    picture_identity,
     transform_of,
 )
 from .sources import as_label, open_dataset
@@ -31,14 +32,21 @@ PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 class _Timm:
     """Items of a timm reader. timm's own dataset would put the next image in place of a broken one."""
 
-    def __init__(self, reader: Any, labels: list[int], source: str, transform: Transform) -> None:
-        self.reader, self.labels, self.source = reader, labels, source
+    decodes = True
+
+    def __init__(
+        self, reader: Any, labels: list[int], source: str, origin: str, transform: Transform
+    ) -> None:
+        self.reader, self.labels, self.source, self.origin = reader, labels, source, origin
         self.transform = transform
 
     def read(self, index: int) -> tuple[Tensor, int]:
         with self.reader[index][0] as file:
             image = decode(file, f"Image {index} of {self.source}")
         return self.transform(image), self.labels[index]
+
+    def identity(self, index: int) -> str:
+        return f"{self.origin} {index}"
 
 
 def open_timm(
@@ -48,7 +56,7 @@ def open_timm(
     name, _, part = name.partition(":")
     part = part or split
     # However it was spelled; what is read into memory is told apart by its content.
-    origin = f"{name}:{part}@{Path(root or '.').resolve()}:"
+    origin = f"{name}:{part}@{Path(root or '.').resolve()}"
     transform = transform_of(preprocessing)
     try:
         from timm.data.dataset_factory import create_dataset
@@ -73,9 +81,8 @@ def open_timm(
     labels = [UNLABELED if t is None else as_label(t) for t in reader.iter_targets()]
     indices = getattr(reader, "class_to_idx", None) or {}
     return ImageSet(
-        _Timm(reader, labels, data, transform),
+        _Timm(reader, labels, data, origin, transform),
         source=data,
-        origin=origin,
         names=numbers(len(labels)),
         labels=labels,
         labeled=UNLABELED not in labels,
@@ -95,5 +102,7 @@ def open_stream(
     wanted, kept = set(chosen), Memory()
     for i, (image, target) in enumerate(dataset):
         if i in wanted:
-            kept.add([transform(image.convert("RGB"))], [as_label(target)])
+            picture = image.convert("RGB")
+            identity = picture_identity(picture)
+            kept.add([transform(picture)], [as_label(target)], identity=identity)
     return kept.image_set(source, [names[i] for i in chosen])

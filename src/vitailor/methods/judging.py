@@ -5,6 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 
 from ..data import ImageSet
+from ..data.imageset import draw_positions
 from ..errors import DataError
 from .base import Task
 
@@ -30,10 +31,13 @@ def split(task: Task, wanted: int | None) -> tuple[ImageSet, ImageSet]:
         others = without(task.reward, images)
         pool = others if len(others) >= few else task.reward
         judged = pool.draw(few, task.seed) if few < len(pool) else pool
+        rest = without(images, judged)
     else:
         most = len(images) if wanted else max(1, int(len(images) * SHARE))
-        judged = images.draw(min(wanted or IMAGES, most), task.seed)
-    rest = without(images, judged)
+        few = min(wanted or IMAGES, most)
+        drawn = draw_positions(images.names, images.labels, few, task.seed, images.source)
+        judged = images.subset(drawn)
+        rest = images.subset(sorted(set(range(len(images))) - set(drawn)))
     if not len(rest):
         raise DataError(
             f"All {len(images)} images judge candidates, and none is left to calibrate on.",
@@ -43,7 +47,7 @@ def split(task: Task, wanted: int | None) -> tuple[ImageSet, ImageSet]:
 
 
 def without(images: ImageSet, others: ImageSet) -> ImageSet:
-    """The images that are not among the others, however their folder is spelled."""
+    """The images that are not among the others, as far as their identities tell."""
     taken = set(others.identities)
     return images.subset(i for i, one in enumerate(images.identities) if one not in taken)
 

@@ -70,6 +70,8 @@ RECIPE: dict[str, Any] = {
     "random_erasing": 0.25,
     "ema": 0.99996,
 }
+#: Settings by which images are opened, once for both trainings.
+AUGMENTATION = ("scale", "rand_augment", "random_erasing")
 #: Dimensions that weights can be shared over.
 SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
 
@@ -150,7 +152,10 @@ class MultiDim(Method):
     def paper(cls, **changes: Any) -> MultiDim:
         """As the paper has it: dependence decides on heads, neurons and tokens alike; a ratio for each block, sizes of
         single units, shared weights, rewards by accuracy, fine-tuning for 300 epochs with distillation; nothing is
-        compensated. How long weights were shared is not known: that is `TrainConfig()`."""
+        compensated.
+
+        How long weights were shared is not known: that is by default settings, on images augmented alike. Of the
+        published fine-tuning drop-path, which models bring along, and repeated augmentation are left out."""
         fields: dict[str, Any] = {
             "relevance": 1.0,
             "tokens": "fuse-dependence",
@@ -161,7 +166,7 @@ class MultiDim(Method):
             "trials": 200,
             "initial": 100,
             "reward": "accuracy",
-            "sharing": TrainConfig(),
+            "sharing": TrainConfig(**{name: RECIPE[name] for name in AUGMENTATION}),
             "training": TrainConfig(**RECIPE, distill="soft", alpha=0.5),
         }
         return cls(**(fields | changes))
@@ -236,6 +241,14 @@ class MultiDim(Method):
             raise UsageError(
                 "The harm of fused tokens is not measured.", "Merge them (tokens=attention)."
             )
+        if self.sharing is not None and self.training is not None:
+            for name in AUGMENTATION:
+                if getattr(self.sharing, name) != getattr(self.training, name):
+                    raise UsageError(
+                        f"sharing.{name} is {getattr(self.sharing, name)}, training.{name} "
+                        f"{getattr(self.training, name)}, but both are of the same images.",
+                        "Set them alike.",
+                    )
         if self.sharing is not None and not keeps_all(budget, shape):
             # Weights are shared over ratios, whatever is searched.
             self._space(shape, budget.metric).require_reachable(budget.metric, budget.limit(shape))
