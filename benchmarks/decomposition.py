@@ -273,6 +273,7 @@ def page(found: list[dict]) -> str:
             )
         lines += ["", *finding(own), ""]
         if name == "dense":
+            lines += READING if any(row["row"] in kinds for row in own) else []
             lines += hybrid_table(own, whole)
     if not lines:
         return ""
@@ -319,9 +320,21 @@ def finding(own: list[dict]) -> list[str]:
     levels = ", ".join(f"{keep:g}" for keep in KEEPS)
     svd = firsts <= {"svd", "randomized-svd"}
     return [
-        f"The paper chooses SVD. The most accurate at {levels} of the parameters: {'; '.join(told)}. By",
-        f"accuracy the choice is {'confirmed' if svd else 'not confirmed'} (randomized SVD is the same from a sketch).",
+        f"The paper chooses SVD. The most accurate at {levels} of the parameters:",
+        f"{'; '.join(told)}.",
+        f"By accuracy the choice is {'confirmed' if svd else 'not confirmed'} (randomized SVD is the same from a sketch).",
     ]
+
+
+#: What the table of the dense model shows.
+READING = [
+    "That SVD has the least error of the weights is a theorem; but that error is no guide to accuracy, since the",
+    "activation-aware forms lose more of the weights and far less of the outputs. Looking at the inputs is worth more",
+    "than any choice of decomposition: activation-aware QR, ordered by importance, is more accurate than plain SVD.",
+    "LU keeps rows and columns exactly and leaves errors larger than what it approximates. Without training no",
+    "decomposition of all projections comes near to cutting units and tokens with compensation at the same size.",
+    "",
+]
 
 
 def hybrid_table(own: list[dict], whole: dict) -> list[str]:
@@ -331,7 +344,8 @@ def hybrid_table(own: list[dict], whole: dict) -> list[str]:
     lines = [
         "### Attention by low rank, feed-forward by pruning, without training",
         "",
-        "At equal MACs; tokens and heads stay.",
+        "At equal MACs; tokens and heads stay. The hybrid with smaller heads is low rank for attention, of each head's",
+        "two products, and pruned hidden units; the others are its parts alone, and the paper's form in two factors.",
         "",
         "| method | keep | MACs (M) | top-1 | against dense | hybrid against it | seconds |",
         "|---|---|---|---|---|---|---|",
