@@ -332,7 +332,7 @@ READING = [
     "activation-aware forms lose more of the weights and far less of the outputs. Looking at the inputs is worth more",
     "than any choice of decomposition: activation-aware QR, ordered by importance, is more accurate than plain SVD.",
     "LU keeps rows and columns exactly and leaves errors larger than what it approximates. Without training no",
-    "decomposition of all projections comes near to cutting units and tokens with compensation at the same size.",
+    "decomposition of all projections comes near to cutting hidden units with compensation (at equal MACs, below).",
     "",
 ]
 

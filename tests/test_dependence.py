@@ -83,8 +83,8 @@ def test_redundancy_is_the_mean_dependence_on_the_others():
 @pytest.mark.parametrize(("spread", "offset"), [(1.0, 0.0), (0.1, 0.0), (0.1, 10.0)])
 def test_single_precision_is_enough(estimator, spread, offset):
     # Samples near to each other, far from zero: what a neuron that hardly moves looks like.
-    x, y = spread * samples(8, 24, 50) + offset, samples(24, 10).softmax(-1)
-    x = x.float().double()
+    x, y = spread * samples(8, 24, 50) + offset, (spread**3 * samples(24, 10)).softmax(-1)
+    x, y = x.float().double(), y.float().double()
     for score in (d.relevance, lambda x, y, estimator: d.redundancy(x, estimator=estimator)):
         exact = score(x, y, estimator=estimator)
         found = score(x.float(), y.float(), estimator=estimator).double()

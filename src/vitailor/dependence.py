@@ -156,7 +156,8 @@ def relevance(
             images lie closest in memory: the transpose of a contiguous (U, N, B).
         y_BC: class probabilities; their kernel is linear.
     """
-    counts = coefficients(linear(y_BC), estimator).flatten()
+    # Centred, which changes nothing: predictions that are nearly alike would else lose what tells them apart.
+    counts = coefficients(linear(y_BC - y_BC.mean(0)), estimator).flatten()
     found = []
     for x in x_UBN.split(max(1, ENTRIES // len(counts))):
         parts = [gram.flatten(1) @ counts for gram in _less_one(x, bandwidths)]
