@@ -42,15 +42,7 @@ def evaluate(
             help="Images at a time; the default depends on the device.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=0,
-            help="Processes that read images; the default depends on the device.",
-        ),
-    ] = None,
+    workers: o.Workers = None,
     input_size: o.InputSize = None,
     crop_pct: o.CropPct = None,
     interpolation: o.Interpolation = None,

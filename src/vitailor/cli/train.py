@@ -67,15 +67,7 @@ def train(
     lr: o.LearningRate = None,
     precision: o.Precision = None,
     checkpoint_every: o.CheckpointEvery = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=0,
-            help="Processes that read images; the default depends on the device.",
-        ),
-    ] = None,
+    workers: o.Workers = None,
     tracker: Annotated[
         str | None,
         typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, ... of Accelerate."),
