@@ -157,19 +157,18 @@ def test_a_killed_workers_trial_is_done_by_another_and_nothing_is_repeated(tmp_p
 
 
 def test_a_trial_that_takes_long_is_not_given_up_while_its_worker_lives(tmp_path):
-    slow = worker(tmp_path, 8.0, stale=4.0, trials=1)
+    slow = worker(tmp_path, 6.0, stale=3.0, trials=1)
     deadline = time.monotonic() + 60
     while not asked(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    other = worker(tmp_path, 0.0, stale=4.0, trials=1)
+    other = worker(tmp_path, 0.0, stale=3.0, trials=1)
     finished = [json.loads(process.communicate(timeout=120)[0]) for process in (slow, other)]
     assert finished == [[0], [0]]
     assert len(asked(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("storage", ["journal.log", "sqlite"])
-def test_workers_that_begin_together_share_one_study(storage, tmp_path):
-    place = f"sqlite:///{tmp_path}/study.db" if storage == "sqlite" else storage
+def test_workers_that_begin_together_share_one_database(tmp_path):
+    place = f"sqlite:///{tmp_path}/study.db"
     pair = [worker(tmp_path, 0.05, storage=place) for _ in range(2)]
     finished = [json.loads(process.communicate(timeout=120)[0]) for process in pair]
     assert finished[0] == finished[1]
