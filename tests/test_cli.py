@@ -711,7 +711,11 @@ def test_search(run, refused, artifact, tmp_path):
     assert "--overwrite" in refused(1, *args, "-o", artifact)
     assert not (tmp_path / "x").exists()
     # Another search does not replace this one's result unasked.
-    assert "--overwrite" in refused(1, *args, "--trials", 4, "-o", out, "--reward-images", 9)
+    other = [*args, "--trials", 4, "-o", out, "--reward-images"]
+    assert "--overwrite" in refused(1, *other, 9)
+    # Nor does one that is refused make it forget its own.
+    assert "none is left" in refused(1, *other, 24, "--overwrite")
+    assert run(*other, 8, "--json")[0] == 0
     mapped = [*args, "--trials", 2, "--class-map", journal, "-o", tmp_path / "x"]
     assert "--class-map goes with" in refused(2, *mapped)
 

@@ -213,21 +213,26 @@ def search(
 
 @contextmanager
 def _noted(note: Path, request: str) -> Iterator[None]:
-    """With a note of what is searched; gone again when that is refused before any work."""
+    """With a note of what is searched; as it was before when that is refused before any work."""
     from .console import is_first_process
 
-    fresh = not note.exists()
+    there = set(note.parent.iterdir()) if note.parent.is_dir() else set()
+    before = note.read_text(encoding="utf-8") if note.is_file() else None
     if is_first_process():
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(request, encoding="utf-8")
     try:
         yield
     except VitailorError:
-        if fresh and is_first_process() and list(note.parent.iterdir()) == [note]:
-            note.unlink()
-            with suppress(OSError):  # other files are there
-                note.parent.rmdir()
-                note.parent.parent.rmdir()
+        begun = set(note.parent.iterdir()) - there - {note}
+        if is_first_process() and not begun:
+            if before is not None:
+                note.write_text(before, encoding="utf-8")
+            else:
+                note.unlink()
+                with suppress(OSError):  # other files are there
+                    note.parent.rmdir()
+                    note.parent.parent.rmdir()
         raise
 
 
