@@ -322,7 +322,8 @@ def finding(own: list[dict]) -> list[str]:
     return [
         f"The paper chooses SVD. The most accurate at {levels} of the parameters:",
         f"{'; '.join(told)}.",
-        f"By accuracy the choice is {'confirmed' if svd else 'not confirmed'} (randomized SVD is the same from a sketch).",
+        f"By accuracy the choice is {'confirmed' if svd else 'not confirmed'} (randomized SVD is the same from a sketch;",
+        "chance is 0.5).",
     ]
 
 
