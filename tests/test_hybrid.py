@@ -256,7 +256,7 @@ def test_a_measured_latency_can_be_resumed(form, tmp_path, monkeypatch):
     model = build(embed_dim=32)
     noise = itertools.cycle([1.0, 1.1, 0.9, 1.05])
     monkeypatch.setattr(
-        "vitailor.compression._stopwatch",
+        "vitailor.tasks._stopwatch",
         lambda models, device: [shape_of(m).macs * next(noise) / 1e6 for m in models],
     )
     method = Hybrid(form=form, attention=0.25, training=TRAINING)

@@ -234,7 +234,7 @@ def test_a_plan_made_by_the_clock_is_made_once(tmp_path, monkeypatch):
     def stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
         return [speed["factor"] ** (i > 0) * shape_of(m).macs / 1e6 for i, m in enumerate(models)]
 
-    monkeypatch.setattr("vitailor.compression._stopwatch", stopwatch)
+    monkeypatch.setattr("vitailor.tasks._stopwatch", stopwatch)
     budget = vt.Budget(latency=0.8)
     method = VTP(training=SHORT)
     first = prune(method, budget=budget, folder=tmp_path)

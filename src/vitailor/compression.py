@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -19,25 +16,19 @@ import torch
 from torch import nn
 
 from . import __version__
-from .benchmarking import bench, conditions
+from .benchmarking import conditions
 from .budget import Budget, cost
-from .data import ClassMap, Data, ImageSet, open_images
-from .data.timm_datasets import PREFIXES
-from .errors import BudgetError, DataError, UsageError
+from .data import ClassMap, Data, ImageSet
+from .errors import BudgetError, UsageError
 from .evaluation import Accuracy, paired_difference
 from .evaluation import evaluate as measure_accuracy
 from .hosts import shape_of
-from .methods import Method, OnEvent, OnTrial, Task, stages
-from .methods.base import keeps_all
+from .methods import Method, OnEvent, OnTrial, Task
 from .plan import Plan
 from .preprocessing import Preprocessing, resolve_preprocessing
 from .provenance import Provenance, Step, provenance_of, weights_hash
 from .shape import ViTShape
-from .training import Augmentation, require_float32
-from .training.checkpoints import first_process
-
-#: Images of a folder that are calibrated on, unless told otherwise.
-IMAGES = 512
+from .tasks import begin_anew, open_test, prepare, require_unseen, with_reward, with_training
 
 
 def compress(
@@ -70,7 +61,7 @@ def compress(
         budget: never exceeded, and met within one step of the smallest unit.
         data: calibration images: a path, a dataset, or an iterable of tensors or (images, labels);
             labels are ignored unless the method asks for them.
-        images: how many of them, drawn by seed and spread over classes; by default `IMAGES` of a folder or a
+        images: how many of them, drawn by seed and spread over classes; by default `tasks.IMAGES` of a folder or a
             named data set, or all if there are fewer, and all of anything else.
         evaluate: labeled images to measure accuracy on, before and after; recorded with the model. For a method
             that searches, others than those that its candidates may be judged on.
@@ -98,18 +89,18 @@ def compress(
     """
     started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(
+    task = prepare(
         model, method, budget, data, images, class_map, device, seed, preprocessing, progress
     )
-    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
-    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
-    test = _open_test(evaluate, preprocessing, task.shape, class_map)
+    task = with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = with_reward(task, reward, method, preprocessing, class_map, on_trial)
+    test = open_test(evaluate, preprocessing, task.shape, class_map)
     if before is not None and (test is None or before.list_hash != test.list_hash):
         raise UsageError(
             "The accuracy given is not on the images to evaluate on.", "Leave before= out."
         )
-    _require_unseen(test, task, method)
-    _begin_anew(task)
+    require_unseen(test, task, method)
+    begin_anew(task)
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
@@ -171,12 +162,12 @@ def plan_only(
 ) -> ViTShape:
     """The sizes that `compress` would cut to, found in the same way; arguments as there."""
     preprocessing = preprocessing or resolve_preprocessing(model)
-    task = _prepare(
+    task = prepare(
         model, method, budget, data, images, class_map, device, seed, preprocessing, progress
     )
-    task = _with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
-    task = _with_reward(task, reward, method, preprocessing, class_map, on_trial)
-    _begin_anew(task)
+    task = with_training(task, train, method, preprocessing, class_map, folder, resume, on_event)
+    task = with_reward(task, reward, method, preprocessing, class_map, on_trial)
+    begin_anew(task)
     with _undisturbed(seed):
         shape = method.plan(task).result(task.shape)
     _check_budget(budget, task.shape, shape)
@@ -189,193 +180,12 @@ def peak_memory_mb() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-# -- before work starts --------------------------------------------------------------------------
-
-
-def _prepare(
-    model: nn.Module,
-    method: Method,
-    budget: Budget,
-    data: Data | None,
-    images: int | None,
-    class_map: ClassMap | None,
-    device: str | torch.device | None,
-    seed: int,
-    preprocessing: Preprocessing,
-    progress: Callable[[int, int], None] | None,
-) -> Task:
-    if seed < 0:
-        raise UsageError(f"The seed {seed} is negative.", "Give 0 or more.")
-    shape = shape_of(model)
-    method.check(shape, budget)
-    calibration: ImageSet | None = None
-    if data is not None:
-        named = isinstance(data, str | os.PathLike)
-        if images is None and str(data).startswith(PREFIXES):
-            images = IMAGES  # such sets are large, and some can only be read from the start
-        classes = shape.num_classes or None
-        calibration = open_images(
-            data,
-            preprocessing,
-            images=images,
-            seed=seed,
-            num_classes=classes if method.needs_labels else None,
-            class_map=_map_for(data, class_map, method.needs_labels),
-            split="train",
-        )
-        if named and images is None and len(calibration) > IMAGES:
-            calibration = calibration.draw(IMAGES, seed)
-    elif method.needs_images:
-        raise UsageError(
-            f"The method '{method.name}' needs calibration images.", "Pass data=, or --calibrate."
-        )
-    if method.trains is not None:
-        require_float32(model)
-    home = next(model.parameters()).device
-    target = torch.device(device) if device is not None else home
-    # The caller's model is never moved: work on another device happens on a copy.
-    as_it_is = target == home and not any(module.training for module in model.modules())
-    working = model if as_it_is else copy.deepcopy(model).to(target)
-    return Task(
-        model=working.eval(),
-        shape=shape,
-        budget=budget,
-        data=calibration,
-        device=target,
-        stopwatch=lambda models: _stopwatch(models, target),
-        seed=seed,
-        progress=progress or (lambda done, total: None),
-    )
-
-
-def _with_training(
-    task: Task,
-    train: Data | None,
-    method: Method,
-    preprocessing: Preprocessing,
-    class_map: ClassMap | None,
-    folder: str | os.PathLike[str] | None,
-    resume: bool,
-    on_event: OnEvent | None,
-) -> Task:
-    """The task with what a method that trains needs; refused for one that does not."""
-    config = method.trains
-    if method.resumable:
-        place = None if folder is None else Path(folder)
-        if place is not None and place.exists() and not place.is_dir():
-            raise UsageError(f"{place} is not a folder.", "Name another for checkpoints.")
-        task = replace(task, folder=place, resume=resume, on_event=on_event)
-    if config is None and train is None:
-        return task
-    if config is None:
-        raise UsageError(
-            f"The method '{method.name}' does not train.",
-            "Train its result afterwards (vitailor.train), or leave the training images out.",
-        )
-    if train is None:
-        raise UsageError(
-            f"The method '{method.name}' needs training images.", "Pass train=, or --train."
-        )
-    images = open_images(
-        train,
-        Augmentation.of(preprocessing, config),
-        num_classes=task.shape.num_classes or None,
-        class_map=class_map,
-        labels_needed=method.trains_on_labels,
-        split="train",
-    )
-    return replace(task, train=images)
-
-
-def _with_reward(
-    task: Task,
-    reward: Data | None,
-    method: Method,
-    preprocessing: Preprocessing,
-    class_map: ClassMap | None,
-    on_trial: OnTrial | None,
-) -> Task:
-    """The task with what candidates of a search are judged on; and labels where the method needs them."""
-    if reward is not None:
-        if not method.searches:
-            raise UsageError(
-                f"The method '{method.name}' does not search.", "Leave the reward images out."
-            )
-        images = open_images(
-            reward,
-            preprocessing,
-            num_classes=(task.shape.num_classes or None) if method.needs_labels else None,
-            class_map=_map_for(reward, class_map, method.needs_labels),
-            labels_needed=method.needs_labels,
-            split="train",
-        )
-        task = replace(task, reward=images)
-    labels = task.data if task.reward is None else task.reward
-    if method.needs_labels and not (labels is not None and labels.labeled):
-        raise DataError(
-            f"The method '{method.name}' with these settings needs labels, but the calibration images "
-            "have none.",
-            "Put them in class folders, or choose settings that need no labels.",
-        )
-    return replace(task, on_trial=on_trial)
-
-
-def _begin_anew(task: Task) -> None:
-    """Remove checkpoints of an earlier run, unless it is resumed. Last of all: bad input must lose nothing."""
-    if task.folder is not None and not task.resume and first_process():
-        stages.clear(task.folder)
-
-
-def _map_for(data: Data, class_map: ClassMap | None, labels: bool) -> ClassMap | None:
-    """The class map, where class folders are read."""
-    return class_map if labels and isinstance(data, str | os.PathLike) else None
-
-
-def _open_test(
-    evaluate: Data | None,
-    preprocessing: Preprocessing,
-    shape: ViTShape,
-    class_map: ClassMap | None,
-) -> ImageSet | None:
-    if evaluate is None:
-        return None
-    classes = shape.num_classes or None
-    return open_images(
-        evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
-    )
-
-
-def _require_unseen(test: ImageSet | None, task: Task, method: Method) -> None:
-    """Refuse to evaluate on images that sizes may be chosen by."""
-    chosen_by = task.reward if task.reward is not None else task.data
-    if test is None or chosen_by is None or not method.searches:
-        return
-    if keeps_all(task.budget, task.shape):
-        return
-    seen = len(set(test.identities) & set(chosen_by.identities))
-    if seen:
-        raise UsageError(
-            f"{seen} of the {len(test)} images to evaluate on are among those that candidates may be judged on: "
-            "the accuracy would flatter.",
-            "Evaluate on images of their own.",
-        )
-
-
-def _stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
-    named = [(str(i), model) for i, model in enumerate(models)]
-    rows = bench(named, batch_sizes=(1,), device=device, runs=20, warmup=3).models
-    return [row.latency_ms.median for row in rows]
-
-
 @contextmanager
 def _undisturbed(seed: int) -> Iterator[None]:
     """Random state seeded inside and as before outside."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-# -- after it ------------------------------------------------------------------------------------
 
 
 def _check_budget(budget: Budget, before: ViTShape, after: ViTShape) -> None:

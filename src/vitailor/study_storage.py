@@ -132,10 +132,11 @@ class _Journal(JournalFileBackend):
         try:
             with self.file.open("rb+") as journal:
                 end = journal.seek(0, os.SEEK_END)
-                if end and (journal.seek(-1, os.SEEK_END), journal.read(1))[1] != b"\n":
+                journal.seek(max(0, end - 1))
+                if journal.read(1) not in (b"", b"\n"):
                     journal.seek(0)
-                    end = journal.truncate(journal.read().rfind(b"\n") + 1)
-                journal.seek(end)
+                    journal.truncate(journal.read().rfind(b"\n") + 1)
+                journal.seek(0, os.SEEK_END)
                 journal.write(lines.encode())
                 journal.flush()
                 os.fsync(journal.fileno())
