@@ -20,9 +20,9 @@ from .hosts import shape_of
 from .methods import Method, OnEvent, OnTrial, Task, stages
 from .methods.base import keeps_all
 from .preprocessing import Preprocessing
+from .processes import is_first_process
 from .shape import ViTShape
 from .training import Augmentation, require_float32
-from .training.checkpoints import first_process
 
 #: Images of a folder that are calibrated on, unless told otherwise.
 IMAGES = 512
@@ -158,7 +158,7 @@ def with_reward(
 
 def begin_anew(task: Task) -> None:
     """Remove checkpoints of an earlier run, unless it is resumed. Last of all: bad input must lose nothing."""
-    if task.folder is not None and not task.resume and first_process():
+    if task.folder is not None and not task.resume and is_first_process():
         stages.clear(task.folder)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..processes import is_first_process
 from . import budgets as b
 from . import options as o
 
@@ -115,7 +116,7 @@ def compress(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, is_first_process
+    from .console import emit
 
     fields, sets = s.read_config(config), s.parse_sets(settings or [])
     if stage is not None:

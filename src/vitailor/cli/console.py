@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UsageError, VitailorError
+from ..processes import is_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _results: list[TextIO] = []
-
-
-def is_first_process() -> bool:
-    """Whether this is the only process, or the first that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # -- results -------------------------------------------------------------------------------------

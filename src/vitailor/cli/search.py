@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, VitailorError
+from ..processes import is_first_process
 from . import budgets as b
 from . import options as o
 
@@ -123,7 +124,7 @@ def search(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, is_first_process, trial_progress
+    from .console import emit, trial_progress
 
     given = {
         "trials": trials,
@@ -214,8 +215,6 @@ def search(
 @contextmanager
 def _noted(note: Path, request: str) -> Iterator[None]:
     """With a note of what is searched; as it was before when that is refused before any work."""
-    from .console import is_first_process
-
     there = set(note.parent.iterdir()) if note.parent.is_dir() else set()
     before = note.read_text(encoding="utf-8") if note.is_file() else None
     if is_first_process():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..processes import is_first_process
 from . import options as o
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def train(
     transform = o.preprocessing_settings(input_size, crop_pct, interpolation, mean, std)
     from . import settings as s
     from . import setup
-    from .console import emit, is_first_process, training_progress
+    from .console import emit, training_progress
 
     fields, sets = s.read_config(config), s.parse_sets(settings or [])
     given = {

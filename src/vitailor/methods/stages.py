@@ -13,6 +13,7 @@ from torch import nn
 from ..data import ImageSet
 from ..errors import UsageError
 from ..plan import Plan
+from ..processes import is_first_process
 from ..provenance import weights_hash
 from ..surgery import apply
 from ..training import Event, TrainConfig, checkpoints, fit
@@ -88,7 +89,7 @@ def agreed(
         shared = [found]
         torch.distributed.broadcast_object_list(shared, src=0)
         found = shared[0]
-    if task.folder is not None and checkpoints.first_process():
+    if task.folder is not None and is_first_process():
         checkpoints.save(task.folder, name, found)
     return found
 

@@ -30,11 +30,6 @@ def save(folder: Path, name: str, state: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def first_process() -> bool:
-    """Whether this is the one of several processes that writes; also before they have found each other."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def clear(folder: Path) -> None:
     """Remove the checkpoints of an earlier training, from which nobody must go on."""
     for name in (LAST, BEST):

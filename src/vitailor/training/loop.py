@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..data import ImageSet, readers
 from ..errors import TrainingError, UsageError
 from ..evaluation import evaluate
+from ..processes import is_first_process
 from ..provenance import weights_hash
 from . import checkpoints
 from .config import TrainConfig
@@ -95,7 +96,7 @@ def fit(
     """
     check(model, config, images, teacher)
     home = next(model.parameters()).device
-    if folder is not None and not resume and checkpoints.first_process():
+    if folder is not None and not resume and is_first_process():
         checkpoints.clear(folder)
     with on_device(device), generators_as_before():
         accelerator = accelerator_for(config, device, folder)
