@@ -339,6 +339,21 @@ def test_what_was_given_up_and_not_queued_again_is_done(tmp_path):
     assert sorted(points(found)) == sorted(tuple(point) for point in s.design(3, 4, 0))
 
 
+def test_what_two_workers_queued_again_is_done_once(tmp_path):
+    study = begin(tmp_path / "journal.log", 4)
+    study.set_user_attr(study_storage.READY, True)
+    lost = study.ask()
+    study.tell(lost.number, state=optuna.trial.TrialState.FAIL)
+    params = dict(zip(NAMES, s.design(3, 4, 0)[0], strict=True))
+    for _ in range(2):
+        study.enqueue_trial(params, user_attrs={s.AGAIN: lost.number})
+    file = tmp_path / "journal.log"
+    for trials in (4, 5, 6):  # a worker that comes later does not take the twin for lost, either
+        found = s.search(bowl, NAMES, trials=trials, study="x", storage=file, stale=0.0)
+        assert len(set(points(found))) == trials
+    assert set(points(found)) >= {tuple(point) for point in s.design(3, 4, 0)}
+
+
 def test_an_error_in_a_trial_loses_nothing(tmp_path):
     file = tmp_path / "journal.log"
     calls: list[dict[str, float]] = []

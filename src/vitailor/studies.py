@@ -142,6 +142,9 @@ def search(
                 trial = patiently(
                     lambda: found.ask({name: FloatDistribution(0, 1) for name in names})
                 )
+                if _repeats(found, trial):
+                    _give_up(found, trial.number)
+                    continue
                 if _crowded(found, trial, trials):
                     _again(found, trial.number, trial.params)
                     continue
@@ -288,8 +291,19 @@ def _adopt(study: Study, stale: float) -> None:
     for trial in known:
         ended = trial.datetime_complete
         long_ago = ended is not None and time.time() - ended.timestamp() > stale
-        if trial.state is TrialState.FAIL and trial.number not in queued and long_ago:
+        lost = trial.state is TrialState.FAIL and trial.number not in queued
+        if lost and long_ago and not _repeats(study, trial):
             _queue(study, trial.number, _params(trial))
+
+
+def _repeats(study: Study, trial: Trial | FrozenTrial) -> bool:
+    """Whether this was queued for a trial that was given up, and so was another before it: two workers that come in
+    the same moment may both find that one missing."""
+    given_up = trial.user_attrs.get(AGAIN)
+    return given_up is not None and any(
+        other.number < trial.number and other.user_attrs.get(AGAIN) == given_up
+        for other in _trials(study)
+    )
 
 
 def _params(trial: FrozenTrial) -> Mapping[str, float]:
@@ -299,11 +313,17 @@ def _params(trial: FrozenTrial) -> Mapping[str, float]:
 
 def _again(study: Study, number: int, params: Mapping[str, float]) -> None:
     """Give a trial up, and queue what it was about."""
+    if _give_up(study, number):
+        _queue(study, number, params)
+
+
+def _give_up(study: Study, number: int) -> bool:
+    """Whether the trial is given up by this worker, and no other was faster."""
     try:
         patiently(lambda: study.tell(number, state=TrialState.FAIL))
-    except (ValueError, UpdateFinishedTrialError):  # another worker was faster
-        return
-    _queue(study, number, params)
+    except (ValueError, UpdateFinishedTrialError):
+        return False
+    return True
 
 
 def _queue(study: Study, number: int, params: Mapping[str, float]) -> None:
