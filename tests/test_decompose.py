@@ -213,7 +213,7 @@ def test_what_cannot_be_decomposed_is_refused():
     for rank in (0, 5):
         with pytest.raises(UsageError, match=f"Rank {rank} is not between 1 and 4"):
             decompose(w, rank)
-    with pytest.raises(UsageError, match="5 scores for 6 inputs"):
+    with pytest.raises(UsageError, match="scores are not 6 finite numbers"):
         decompose(w, 2, "qr-importance", scores=torch.rand(5))
     with pytest.raises(UsageError, match="second moments hold"):
         decompose(w, 2, moments=torch.full((6, 6), float("inf")))

@@ -25,7 +25,7 @@ from vitailor.methods.low_rank import weight_of
 from vitailor.plan import BlockPlan, Plan
 from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from vitailor.shape import DENSE
-from vitailor.surgery import apply, merge_back
+from vitailor.surgery import merge_back, written
 
 
 def data(model: nn.Module, count: int = 24) -> list[Tensor]:
@@ -235,9 +235,9 @@ def full_rank(model: nn.Module, aware: bool) -> nn.Module:
         BlockPlan(ranks={name: min(sizes) for name, sizes in own.items()})
         for own in shape.linears()
     )
-    plan, nearest = Plan(blocks=blocks), copy.deepcopy(model)
-    method.decompose(nearest, plan, method.inputs(task), 0)
-    return apply(nearest, plan)
+    plan = Plan(blocks=blocks)
+    weights, _ = method.decompose(model, plan, method.inputs(task), 0)
+    return written(model, plan.result(shape), weights)
 
 
 @pytest.mark.parametrize("aware", [True, False])

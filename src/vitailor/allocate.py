@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .budget import cost
 from .errors import BudgetError
 from .harm import HarmModel, Known, Tilt, total
-from .shape import BlockShape, ViTShape
+from .shape import BlockShape, ViTShape, resized
 from .simulate import Simulator, Trial
 from .sizes import FIELDS, Dimension, Steps, grid, with_size
 
@@ -155,7 +155,7 @@ def _grown(
         full = min(full, block.num_tokens_in)
     if size >= full:
         return None
-    grown = with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)))
+    grown = with_size(shape, i, dimension, min(full, size + getattr(steps, dimension)), dense)
     for later, block in enumerate(dense.blocks):
         # A model that merges already never gets tokens back.
         if grown.blocks[later].num_tokens_out > block.num_tokens_out:
@@ -309,9 +309,9 @@ class _Solver:
             came_from, attn_choice, mlp_choice = history[i]
             before = int(came_from[state])
             chosen = self.attn[i].blocks[attn_choice[before]]
-            mlp_dim = self.mlp[i].blocks[mlp_choice[state]].mlp_dim
-            sizes = {"num_tokens_in": int(n[before]), "num_tokens_out": int(n[state])}
-            blocks.append(chosen.model_copy(update={"mlp_dim": mlp_dim, **sizes}))
+            sizes = {"mlp_dim": self.mlp[i].blocks[mlp_choice[state]].mlp_dim}
+            sizes |= {"num_tokens_in": int(n[before]), "num_tokens_out": int(n[state])}
+            blocks.append(resized(self.dense.embed_dim, chosen, sizes))
             state = before
         return self.dense.model_copy(update={"blocks": tuple(reversed(blocks))})
 
@@ -330,7 +330,7 @@ class _Solver:
             for b, qk in enumerate(axes[1]):
                 for c, v in enumerate(axes[2]):
                     update = {"num_heads": heads, "qk_dim": qk, "v_dim": v}
-                    blocks.append(block.model_copy(update=update))
+                    blocks.append(resized(self.dense.embed_dim, block, update))
                     harms.append(tables[0][a] + tables[1][b] + tables[2][c])
         return self._options(blocks, np.array(harms), self._attention_terms)
 
@@ -339,7 +339,7 @@ class _Solver:
         sizes = (
             grid(self.dense, i, "neurons", steps) if "neurons" in dimensions else [block.mlp_dim]
         )
-        blocks = [block.model_copy(update={"mlp_dim": size}) for size in sizes]
+        blocks = [resized(self.dense.embed_dim, block, {"mlp_dim": size}) for size in sizes]
         harms = self.harm.table(i, "neurons", np.array(sizes))
         return self._options(blocks, harms, self._mlp_terms)
 

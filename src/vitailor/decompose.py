@@ -38,14 +38,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import scipy.linalg
 import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .linalg import add_ridge, cholesky_psd, sqrt_psd
+from .linalg import add_ridge, balanced, cholesky_psd, sqrt_psd
 
 Decomposition = Literal[
     "svd",
@@ -68,9 +68,9 @@ class Factors:
     """A linear map at a rank, `up @ down`, in the dtype of the weights it came from.
 
     Attributes:
-        up: (out, r). down: (r, in).
-        weight_error: Frobenius norm of what is lost of the weights.
-        output_error: root mean square norm of what is lost of the outputs; None without second moments.
+        up: (out, r). down: (r, in). Rank by rank they are equally long.
+        weight_error: Frobenius norm of what is lost of the weights, rounding to their dtype included.
+        output_error: root mean square norm of what is lost of the outputs, likewise; None without second moments.
     """
 
     up: Tensor
@@ -110,25 +110,22 @@ def decompose(
     Raises:
         UsageError: for a rank out of range, or values that are not finite.
     """
-    out, width = weight.shape
+    exact, second = _checked(weight, moments)
+    out, width = exact.shape
+    if kind not in get_args(Decomposition):
+        raise UsageError(
+            f"There is no decomposition {kind!r}.",
+            f"Choose one of {', '.join(get_args(Decomposition))}.",
+        )
     if not 1 <= rank <= min(out, width):
         raise UsageError(
             f"Rank {rank} is not between 1 and {min(out, width)} for a map of {width} to {out} features.",
             "Choose a rank in this range.",
         )
-    exact = weight.detach().double()
-    if not torch.isfinite(exact).all():
-        raise UsageError("The weights hold values that are not finite.", "Repair the model first.")
-    second = None if moments is None else moments.detach().double()
-    if second is not None and not torch.isfinite(second).all():
-        raise UsageError(
-            "The second moments hold values that are not finite.",
-            "Calibrate in float32 or bfloat16.",
-        )
-    if scores is not None and len(scores) != width:
-        raise UsageError(
-            f"There are {len(scores)} scores for {width} inputs.", "Give one for each."
-        )
+    if scores is not None and kind != "qr-importance":
+        raise UsageError(f"{kind} does not look at scores.", "Choose qr-importance.")
+    if scores is not None and (len(scores) != width or not torch.isfinite(scores).all()):
+        raise UsageError(f"The scores are not {width} finite numbers.", "Give one for each input.")
     generator = torch.Generator().manual_seed(seed)
     if kind in ("svd", "randomized-svd"):
         seen = exact if second is None else _rooted(exact, second)
@@ -144,24 +141,49 @@ def decompose(
         if second is not None:
             seen = seen @ cholesky_psd(second[order][:, order], RIDGE)
         up, read = _COLUMNS[kind](seen, rank, generator)
-    down = read @ exact
-    lost = exact - up @ down
+    up, down = (half.to(weight.dtype) for half in balanced(up, read @ exact))
+    lost = exact - up.double() @ down.double()
     return Factors(
-        up.to(weight.dtype),
-        down.to(weight.dtype),
+        up,
+        down,
         float(lost.norm()),
         None if second is None else float((lost @ second * lost).sum().clamp_min(0).sqrt()),
     )
 
 
+def _checked(weight: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in float64.
+
+    Raises:
+        UsageError: for sizes that do not fit, or values that are not finite.
+    """
+    exact = weight.detach().double()
+    if not torch.isfinite(exact).all():
+        raise UsageError("The weights hold values that are not finite.", "Repair the model first.")
+    if moments is None:
+        return exact, None
+    second = moments.detach().double()
+    width = exact.shape[1]
+    if second.shape != (width, width):
+        raise UsageError(
+            f"Second moments of size {tuple(second.shape)} do not fit a map of {width} features.",
+            f"Give ({width}, {width}).",
+        )
+    if not torch.isfinite(second).all():
+        raise UsageError(
+            "The second moments hold values that are not finite.",
+            "See that images and activations are finite; calibrate in float32 or bfloat16.",
+        )
+    return exact, second
+
+
 def energies(weight: Tensor, moments: Tensor | None = None) -> Tensor:
     """(min(out, in)) energy of the outputs along their principal directions, falling; without second
     moments, the squared singular values of the weights. What SVD loses at rank r is the sum beyond r."""
-    w = weight.detach().double()
-    if moments is None:
+    w, second = _checked(weight, moments)
+    if second is None:
         plain: Tensor = torch.linalg.svdvals(w).square()
         return plain
-    second = moments.detach().double()
     if second.shape[0] <= w.shape[0]:
         root = sqrt_psd(second)
         gram = root @ (w.mT @ w) @ root
@@ -225,7 +247,8 @@ def _lu(seen: Tensor, rank: int, _: torch.Generator) -> Span:
 
 
 def _lu_complete(seen: Tensor, rank: int, _: torch.Generator) -> Span:
-    """LU with complete pivoting, by LAPACK's getc2, which takes square matrices."""
+    """LU with complete pivoting, by LAPACK's getc2, which takes square matrices and goes on to the last row: in
+    the cube of the longer side, seconds for a thousand rows."""
     out, width = seen.shape
     square = torch.zeros(max(out, width), max(out, width), dtype=seen.dtype)
     square[:out, :width] = seen

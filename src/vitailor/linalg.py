@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: As a share of the largest, a part of a product that is nothing but rounding.
+ZERO = 1e-12
+
 
 def sqrt_psd(matrix: Tensor, ridge: float = 0.0, least: float = 0.0) -> Tensor:
     """Symmetric square root of a (batch of) positive semi-definite matrices (..., n, n).
@@ -36,6 +39,15 @@ def add_ridge(matrix: Tensor, ridge: float) -> Tensor:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)) * ridge
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return matrix + scale[..., None, None] * eye
+
+
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (m, r) and (r, n) of the same product with columns of one as long as rows of the other, as training
+    likes them. What is zero on one side stays as it is on the other, so that training can get at it."""
+    columns, rows = up.norm(dim=0), down.norm(dim=1)
+    there = columns * rows > ZERO * (columns * rows).max()
+    ratio = torch.where(there, (rows / columns).sqrt(), torch.ones_like(rows))
+    return up * ratio, down / ratio.unsqueeze(1)
 
 
 def balanced_bases(left: Tensor, right: Tensor, ridge: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .criteria import Order
 from .errors import PlanError
 from .plan import BlockPlan, Plan
-from .shape import BlockShape, ViTShape
+from .shape import BlockShape, Ranks, ViTShape
 
 
 def plan_for(dense: ViTShape, target: ViTShape, orders: Sequence[Order]) -> Plan:
@@ -51,6 +51,8 @@ def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan
     heads = sorted(order.heads[: target.num_heads].tolist())
     fewer = target.num_heads < dense.num_heads
     merges = target.num_tokens_out < target.num_tokens_in
+    # The model's own factors are not asked for: those that still pay stay by themselves.
+    ranks = {n: r for n, r in target.ranks if r is not None and r != getattr(dense.ranks, n)}
     return BlockPlan(
         heads=tuple(heads) if fewer else None,
         qk_dims=_per_head(order.qk_dims, heads, target.qk_dim, dense.qk_dim),
@@ -60,7 +62,7 @@ def block_plan(dense: BlockShape, target: BlockShape, order: Order) -> BlockPlan
         mlp_features=_features(order.mlp_features, target.mlp_features, dense.mlp_features),
         num_tokens_out=target.num_tokens_out if merges else None,
         fuses=target.fuses and merges,
-        ranks=target.ranks,
+        ranks=Ranks(**ranks),
     )
 
 

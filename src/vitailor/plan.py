@@ -21,7 +21,7 @@ from .shape import (
     Positive,
     Ranks,
     ViTShape,
-    rank_limits,
+    paying_ranks,
     revise,
 )
 
@@ -125,9 +125,7 @@ class BlockPlan(Facts):
             attn_features=attn_in,
             mlp_features=mlp_in,
         )
-        # The model's own factors stay, except where so little is left that they are no factors.
-        limits = rank_limits(embed_dim, after)
-        own = {n: r for n, r in block.ranks if r is not None and r <= limits[n]}
+        own = {n: r for n, r in paying_ranks(embed_dim, block, after) if r is not None}
         asked = {n: r for n, r in self.ranks if r is not None}
         return revise(after, ranks=Ranks(**own | asked))
 

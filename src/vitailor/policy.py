@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from .allocate import fill
 from .budget import cost
 from .errors import BudgetError, UsageError
-from .shape import Facts, ViTShape
+from .shape import Facts, ViTShape, resized
 from .sizes import FIELDS, Dimension, Steps, with_size
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -111,7 +111,7 @@ def sized(dense: ViTShape, sizes: Mapping[str, Sequence[int]], fused: bool) -> V
         more = left < min(tokens, block.num_tokens_out)
         own |= {"num_tokens_in": tokens, "num_tokens_out": left}
         fuses = (block.fuses or (fused and more)) and left < tokens
-        blocks.append(block.model_copy(update={**own, "fuses": fuses}))
+        blocks.append(resized(dense.embed_dim, block, {**own, "fuses": fuses}))
         tokens = left
     return dense.with_blocks(tuple(blocks))
 

@@ -81,7 +81,7 @@ def at_energy(spectra: Sequence[Spectrum], energy: float) -> Choice:
 def within_budget(
     dense: ViTShape, spectra: Sequence[Spectrum], metric: str, limit: int, step: int = 1
 ) -> Choice:
-    """Ranks that lose least in sum, as shares of each projection's energy, within a budget.
+    """Ranks that lose nearly the least in sum, as shares of each projection's energy, within a budget.
 
     Water-filling: at a price for each unit of cost every projection takes the rank at which the next
     direction is not worth its price, or stays dense; the price is bisected to the budget. Then what is

@@ -13,6 +13,7 @@ Symbols
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -326,6 +327,34 @@ def _linears(embed_dim: int, b: BlockShape) -> dict[str, tuple[int, int, int | N
 
 def _linear_macs(fan_in: int, fan_out: int, rank: int | None) -> int:
     return fan_in * fan_out if rank is None else rank * (fan_in + fan_out)
+
+
+def resized(
+    embed_dim: int, block: BlockShape, sizes: Mapping[str, int], origin: BlockShape | None = None
+) -> BlockShape:
+    """The block with other sizes, not validated, and with those of the original's factors that still save something.
+
+    Args:
+        sizes: by field of the block.
+        origin: the block whose factors these are, where `block` has been cut from it already.
+    """
+    after = block.model_copy(update=sizes)
+    origin = origin or block
+    if origin.ranks == DENSE:
+        return after
+    return after.model_copy(update={"ranks": paying_ranks(embed_dim, origin, after)})
+
+
+def paying_ranks(embed_dim: int, before: BlockShape, after: BlockShape) -> Ranks:
+    """The factors of a block that stay when it is cut: where a projection has become so small that one layer costs
+    no more than two, they are multiplied out."""
+    sizes = {name: (i, o) for name, (i, o, _) in _linears(embed_dim, after).items()}
+    kept = {}
+    for name, (fan_in, fan_out, rank) in _linears(embed_dim, before).items():
+        i, o = sizes[name]
+        if rank is not None and ((i, o) == (fan_in, fan_out) or rank * (i + o) < i * o):
+            kept[name] = rank
+    return Ranks(**kept)
 
 
 def rank_limits(embed_dim: int, b: BlockShape) -> dict[str, int]:

@@ -22,7 +22,7 @@ from .hosts import host_of
 from .layers import Block
 from .orders import block_plan, match_features, token_weights
 from .reconstruct import compensate
-from .shape import BlockShape, Matching, ViTShape, revise
+from .shape import BlockShape, Matching, ViTShape, resized, revise
 from .surgery import select
 
 #: A trial is given up when, on at least so many images, it harms so many times as much as its rival.
@@ -163,10 +163,10 @@ class Simulator:
     def _block(self, i: int, want: BlockShape) -> Block:
         """A block of the wanted sizes; its halves are remembered apart."""
         dense = self.dense.blocks[i]
-        attn_key = dense.model_copy(
-            update={n: getattr(want, n) for n in ("num_heads", "qk_dim", "v_dim")}
-        )
-        mlp_key = dense.model_copy(update={"mlp_dim": want.mlp_dim})
+        width = self.dense.embed_dim
+        sizes = {n: getattr(want, n) for n in ("num_heads", "qk_dim", "v_dim")}
+        attn_key = resized(width, dense, sizes)
+        mlp_key = resized(width, dense, {"mlp_dim": want.mlp_dim})
         block = copy.copy(self.host.block(self.model, i))
         block._modules = dict(block._modules)
         if attn_key != dense:

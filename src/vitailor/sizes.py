@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .shape import ViTShape
+from .shape import ViTShape, resized
 
 Dimension = Literal["tokens", "qk", "v", "neurons", "heads"]
 DIMENSIONS: tuple[Dimension, ...] = ("tokens", "qk", "v", "neurons", "heads")
@@ -45,14 +45,21 @@ def grid(shape: ViTShape, index: int, dimension: Dimension, steps: Steps) -> lis
     return [*range(least, full, step), full]
 
 
-def with_size(shape: ViTShape, index: int, dimension: Dimension, size: int) -> ViTShape:
+def with_size(
+    shape: ViTShape, index: int, dimension: Dimension, size: int, origin: ViTShape | None = None
+) -> ViTShape:
     """The shape with one dimension of one block changed.
 
     Tokens removed in a block are gone in all later ones too; later blocks go on removing as many.
+
+    Args:
+        origin: what the shape was cut from, if it is to grow again; its factors come back.
     """
     blocks = list(shape.blocks)
     if dimension != "tokens":
-        blocks[index] = blocks[index].model_copy(update={FIELDS[dimension]: size})
+        before = blocks[index] if origin is None else origin.blocks[index]
+        sizes = {FIELDS[dimension]: size}
+        blocks[index] = resized(shape.embed_dim, blocks[index], sizes, before)
         return shape.model_copy(update={"blocks": tuple(blocks)})
     floor = shape.num_prefix_tokens + 1
     arriving = blocks[index].num_tokens_in

@@ -6,13 +6,16 @@ One table says which axis of which tensor each dimension slices; everything else
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .hosts import Tensors, host_of
 from .plan import BlockPlan, Plan
-from .shape import DENSE
+from .provenance import provenance_of
+from .shape import DENSE, ViTShape, revise
 
 #: For each canonical tensor (`hosts`), the dimension that each of its axes counts.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -78,16 +81,51 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def merge_back(model: nn.Module) -> nn.Module:
-    """The same function with every low-rank factorisation multiplied out to a dense layer."""
+    """The same function with every low-rank factorisation multiplied out to a dense layer.
+
+    A record that the model carries is that of the compression; its shape and what it tells of the result's cost are the
+    new model's.
+    """
     host = host_of(model)
     shape = host.describe(model)
-    dense = copy.deepcopy(model)
-    blocks = tuple(b.model_copy(update={"ranks": DENSE}) for b in shape.blocks)
-    host.resize(dense, shape.with_blocks(blocks))
-    for i, block in enumerate(shape.blocks):
-        if block.ranks != DENSE:
-            host.write(host.block(dense, i), host.read(host.block(model, i)), DENSE)
+    whole = shape.with_blocks(tuple(b.model_copy(update={"ranks": DENSE}) for b in shape.blocks))
+    weights = [
+        host.read(host.block(model, i)) if b.ranks != DENSE else {}
+        for i, b in enumerate(shape.blocks)
+    ]
+    dense = written(model, whole, weights)
+    known = provenance_of(model)
+    if known is not None:
+        costs = {
+            name: {**known.record[name], "after": getattr(whole, name)}
+            for name in ("macs", "params")
+            if name in known.record
+        }
+        # Times are those of other layers.
+        record = {k: v for k, v in known.record.items() if not k.startswith("latency")} | costs
+        cast(Any, dense).vitailor = revise(known, shape=whole, record=record)
     return dense
+
+
+@torch.no_grad()
+def written(model: nn.Module, shape: ViTShape, weights: Sequence[Tensors]) -> nn.Module:
+    """A copy of a model at other sizes, with new canonical weights for the blocks that have any; the others are as they
+    were, and must be so in `shape`."""
+    host, new = host_of(model), copy.deepcopy(model)
+    host.resize(new, shape)
+    for i, tensors in enumerate(weights):
+        if tensors:
+            host.write(host.block(new, i), tensors, shape.blocks[i].ranks)
+    return new
+
+
+@torch.no_grad()
+def hollow(model: nn.Module, shape: ViTShape) -> nn.Module:
+    """A copy of a model at other sizes whose weights are all zero: as fast as a real one."""
+    new = written(model, shape, ())
+    for parameter in new.parameters():
+        parameter.zero_()
+    return new
 
 
 def select(tensors: Tensors, plan: BlockPlan) -> Tensors:

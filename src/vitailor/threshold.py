@@ -18,7 +18,7 @@ import torch
 from .budget import cost
 from .criteria import Importance
 from .errors import BudgetError, UsageError
-from .shape import BlockShape, ViTShape
+from .shape import BlockShape, ViTShape, resized
 
 Scope = Literal["global", "kind", "layer"]
 #: Kinds of units: the scores they are ranked by, and the sizes of a block that they count. "dims" are those
@@ -184,6 +184,7 @@ def _with(dense: ViTShape, counts: Sequence[tuple[Layer, int]]) -> ViTShape:
         if count < len(layer.ranks) // layer.groups:
             changes[layer.block] |= dict.fromkeys(SIZES[layer.kind], count)
     blocks: list[BlockShape] = [
-        block.model_copy(update=change) for block, change in zip(dense.blocks, changes, strict=True)
+        resized(dense.embed_dim, block, change)
+        for block, change in zip(dense.blocks, changes, strict=True)
     ]
     return dense.with_blocks(tuple(blocks))

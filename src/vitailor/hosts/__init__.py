@@ -7,6 +7,7 @@ canonical form, the same for all hosts:
     q.weight, k.weight (H, K, D')   v.weight (H, V, D')    out.weight (D, H, V)
     fc1.weight (F, D")              fc2.weight (D, F)      and the biases, where there are any
     attn_features (D',), mlp_features (D",)                where projections read through an index
+    NAME.up, NAME.down     to be written: factors of a projection, instead of the nearest ones to its weight
 
 so that algorithms never see a host.
 """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..errors import UnsupportedModelError
+from ..linalg import balanced
 from ..shape import BlockShape, Ranks, ViTShape
 from . import Tensors
 
@@ -28,6 +29,8 @@ ACTIVATIONS: dict[str, Any] = {
     "ReLU": nn.ReLU,
 }
 M = TypeVar("M", bound=nn.Module)
+#: `up` and `down` of a projection; None for those nearest to its weight.
+Factors = tuple[Tensor | None, Tensor | None]
 BLOCK_CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
@@ -187,15 +190,26 @@ class BlockHost(ABC):
         }
         biases = {n: tensors[f"{n}.bias"].flatten() for n in "qkv" if f"{n}.bias" in tensors}
         attn_features, mlp_features = tensors.get("attn_features"), tensors.get("mlp_features")
+
+        def factors(name: str) -> Factors:
+            return tensors.get(f"{name}.up"), tensors.get(f"{name}.down")
+
         if getattr(attn, "qkv", None) is not None:
             bias = torch.cat([biases[n] for n in "qkv"]) if biases else None
-            _fill(attn.qkv, torch.cat([flat[n] for n in "qkv"]), bias, attn_features)
+            weight = torch.cat([flat[n] for n in "qkv"])
+            _fill(attn.qkv, weight, bias, features=attn_features)
         else:
             for n in "qkv":
-                _fill(getattr(attn, n), flat[n], biases.get(n), attn_features)
-        _fill(attn.proj, tensors["out.weight"].flatten(1), tensors.get("out.bias"))
-        _fill(mlp.fc1, tensors["fc1.weight"], tensors.get("fc1.bias"), mlp_features)
-        _fill(mlp.fc2, tensors["fc2.weight"], tensors.get("fc2.bias"))
+                _fill(getattr(attn, n), flat[n], biases.get(n), factors(n), attn_features)
+        _fill(attn.proj, tensors["out.weight"].flatten(1), tensors.get("out.bias"), factors("out"))
+        _fill(
+            mlp.fc1,
+            tensors["fc1.weight"],
+            tensors.get("fc1.bias"),
+            factors("fc1"),
+            mlp_features,
+        )
+        _fill(mlp.fc2, tensors["fc2.weight"], tensors.get("fc2.bias"), factors("fc2"))
 
 
 # -- what is supported ---------------------------------------------------------------------------
@@ -313,7 +327,6 @@ def _norm_params_per_dim(attn: Any) -> int:
 
 
 def _new_attention(old: Any, shape: ViTShape, want: BlockShape) -> layers.Attention:
-    weight = _dense(old.proj)[0]
     with torch.device("meta"):
         new = layers.Attention(
             shape.embed_dim,
@@ -328,7 +341,7 @@ def _new_attention(old: Any, shape: ViTShape, want: BlockShape) -> layers.Attent
             attn_drop=old.attn_drop.p,
             proj_drop=old.proj_drop.p,
         )
-    new = _materialise(new, weight)
+    new = _materialise(new, old.proj)
     new.q_norm, new.k_norm = old.q_norm, old.k_norm
     return new.train(old.training)
 
@@ -341,20 +354,22 @@ def _as_ours(old: Any, shape: ViTShape, want: BlockShape) -> layers.Attention:
 
 
 def _resize_mlp(mlp: Any, shape: ViTShape, want: BlockShape) -> None:
-    weight = _dense(mlp.fc2)[0]
     gathered = want.mlp_features is not None
     fan_in = want.mlp_features or shape.embed_dim
     bias, ranks = shape.mlp_bias, want.ranks
     with torch.device("meta"):
         fc1 = layers.linear(fan_in, want.mlp_dim, bias=bias, rank=ranks.fc1, gathered=gathered)
         fc2 = layers.linear(want.mlp_dim, shape.embed_dim, bias=bias, rank=ranks.fc2)
-    mlp.fc1 = _materialise(fc1, weight).train(mlp.training)
-    mlp.fc2 = _materialise(fc2, weight).train(mlp.training)
+    mlp.fc1 = _materialise(fc1, mlp.fc1).train(mlp.training)
+    mlp.fc2 = _materialise(fc2, mlp.fc2).train(mlp.training)
 
 
-def _materialise(module: M, like: Tensor) -> M:
-    """Uninitialised storage of `like`'s device and dtype; building on meta leaves the RNG alone."""
-    return module.to_empty(device=like.device).to(like.dtype)
+def _materialise(module: M, like: nn.Module) -> M:
+    """Uninitialised storage of the device and dtype of another module, and frozen if that is; building on meta leaves
+    the RNG alone."""
+    first = next(like.parameters())
+    trained = any(p.requires_grad for p in like.parameters())
+    return module.to_empty(device=first.device).to(first.dtype).requires_grad_(trained)
 
 
 def _dense(projection: layers.Projection) -> tuple[Tensor, Tensor | None]:
@@ -370,13 +385,17 @@ def _fill(
     projection: layers.Projection,
     weight: Tensor,
     bias: Tensor | None,
+    factors: Factors = (None, None),
     features: Tensor | None = None,
 ) -> None:
     if isinstance(projection, layers.LowRankLinear):
-        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-        root, rank = values.sqrt(), projection.rank
-        projection.up.weight.copy_(left[:, :rank] * root[:rank])
-        projection.down.weight.copy_(root[:rank, None] * right[:rank])
+        up, down = factors
+        if up is None or down is None:
+            left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+            rank = projection.rank
+            up, down = balanced(left[:, :rank], values[:rank, None] * right[:rank])
+        projection.up.weight.copy_(up)
+        projection.down.weight.copy_(down)
     else:
         projection.weight.copy_(weight)
     if bias is not None and projection.bias is not None:

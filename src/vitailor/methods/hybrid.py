@@ -42,11 +42,12 @@ from ..ranks import Spectrum, at_share, with_ranks, within_budget
 from ..reconstruct import cut
 from ..shape import DENSE, ViTShape
 from ..sizes import FIELDS, Dimension, Steps
-from ..surgery import apply
+from ..surgery import apply, hollow, written
 from ..training import TrainConfig
 from . import stages
 from .base import Method, Outcome, Task, keeps_all, within
 from .closed_form import ClosedForm, Prepared
+from .judging import fingerprint
 from .low_rank import LowRank, Projection, flat_spectra, inputs_of
 from .vtp import VTP
 
@@ -94,6 +95,11 @@ class Hybrid(Method):
         if self.scores == "gates" and self.training is None:
             raise UsageError(
                 "Gates are learned in training.", "Give training settings, or rank by output_error."
+            )
+        if self.form == "per-head" and not self.activation_aware:
+            raise UsageError(
+                "Smaller heads are those of the weights as real inputs see them.",
+                "Choose form=factors, or leave activation_aware as it is.",
             )
         if self.scores == "gates" and budget.metric not in ("macs", "params"):
             raise UsageError(
@@ -163,6 +169,7 @@ class Hybrid(Method):
             "budget": str(task.budget),
             "hybrid": self.model_dump_json(exclude=free),
             "seed": str(task.seed),
+            "calibration": fingerprint(task.data) if task.data is not None else "",
         }
 
     def _untrained(self, task: Task) -> Outcome:
@@ -229,13 +236,13 @@ class Hybrid(Method):
                 return with_ranks(task.shape, spectra, choice)
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
-            plans = [plan_for(task.shape, shape, orders) for shape in shapes]
-            return task.stopwatch([apply(task.model, plan) for plan in plans])
+            return task.stopwatch([hollow(task.model, shape) for shape in shapes])
 
         target = within(task.budget, task.shape, allocate, milliseconds)
-        plan, nearest = plan_for(task.shape, target, orders), copy.deepcopy(task.model)
-        errors = low.decompose(nearest, plan, inputs, task.seed)
-        return Prepared(nearest, plan, {"errors": errors})
+        plan = plan_for(task.shape, target, orders)
+        weights, errors = low.decompose(task.model, plan, inputs, task.seed)
+        nearest = written(task.model, task.shape, weights)
+        return Prepared(nearest, plan, {"errors": errors, "dense": low.left_dense(plan)})
 
     def _energies(
         self, tensors: Tensors, hidden: Moments, order: Order, gain: Tensor | None

@@ -4,8 +4,8 @@ The second stage of "Vision Transformer Pruning via Matrix Decomposition" (arXiv
 and for models that VTP has pruned:
 
 1. A sweep of unlabeled images collects the second moments of what each projection reads.
-2. Ranks are shared out where they lose least of the outputs' energy; a projection that would save nothing
-   stays dense.
+2. Ranks are shared out so that in sum the projections lose the least shares of their outputs' energies, all
+   projections counting alike; a projection that would save nothing stays dense.
 3. Each projection is decomposed: SVD, four versions of QR or two of LU, of the weights alone or of the
    weights as real inputs see them. Its bias takes up what is lost of the mean.
 """
@@ -29,7 +29,7 @@ from ..layers import Block
 from ..plan import BlockPlan, Plan
 from ..ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from ..shape import DENSE, ViTShape
-from ..surgery import apply
+from ..surgery import hollow, written
 from .base import Method, Outcome, Task, keeps_all, within
 
 Projection = Literal["q", "k", "v", "out", "fc1", "fc2"]
@@ -49,8 +49,12 @@ class LowRank(Method):
         energy: the least rank that keeps this share of the energy, instead.
         step: ranks that are shared out are multiples of it.
 
-    With `share` or `energy` the budget, in MACs or parameters, is only checked. A projection that two thinner ones
-    would not make smaller stays as it is; the record's "dense" names these, block by block.
+    With `share` or `energy` the budget, in MACs or parameters, is only checked. The energies are those that SVD keeps,
+    whatever the decomposition. A projection that two thinner ones would not make smaller stays as it is, and so does
+    one at which a budget is better not saved; the record's "dense" names these, block by block.
+
+    Queries, keys and values of a block are three layers as soon as one of them is factored: a first factor for all three
+    together was measured, and is no faster on a CPU.
 
     Rows of what is written to the residual stream count as layer scale weighs them, where there is any. For
     "qr-importance" the scores are measured: each input's share in the output.
@@ -108,14 +112,10 @@ class LowRank(Method):
         task.progress(1, 3)
         plan = self._plan(task, inputs)
         task.progress(2, 3)
-        nearest = copy.deepcopy(task.model)
-        errors = self.decompose(nearest, plan, inputs, task.seed)
+        weights, errors = self.decompose(task.model, plan, inputs, task.seed)
         task.progress(3, 3)
-        dense = [
-            [name for name, rank in block.ranks if rank is None and name in self.projections]
-            for block in plan.blocks
-        ]
-        return Outcome(apply(nearest, plan), plan, {"errors": errors, "dense": dense})
+        small = written(task.model, plan.result(task.shape), weights)
+        return Outcome(small, plan, {"errors": errors, "dense": self.left_dense(plan)})
 
     def _leaves(self, task: Task) -> bool:
         """Whether there is nothing to do."""
@@ -148,7 +148,7 @@ class LowRank(Method):
             return with_ranks(task.shape, spectra, choice)
 
         def milliseconds(shapes: list[ViTShape]) -> list[float]:
-            return task.stopwatch([apply(task.model, _plan_of(shape)) for shape in shapes])
+            return task.stopwatch([hollow(task.model, shape) for shape in shapes])
 
         if self.share is not None:
             return _plan_of(with_ranks(task.shape, spectra, at_share(spectra, self.share)))
@@ -162,7 +162,8 @@ class LowRank(Method):
         for i, known in enumerate(inputs):
             tensors = host.read(host.block(model, i))
             for name in self.projections:
-                weight = _scaled(weight_of(tensors, name), _gain(host.block(model, i), name))
+                weight = weight_of(tensors, name).double()
+                weight = _scaled(weight, _gain(host.block(model, i), name))
                 moments = _second(known.get(name), centred=_bias(tensors, name) is not None)
                 out, width = weight.shape
                 found.append(Spectrum(i, name, width, out, energies(weight, moments)))
@@ -173,36 +174,46 @@ class LowRank(Method):
     @torch.no_grad()
     def decompose(
         self, model: nn.Module, plan: Plan, inputs: list[Inputs], seed: int
-    ) -> list[dict[str, float]]:
-        """Put the nearest weights of the planned ranks into the model; returns what each loses, as a share
-        of the outputs' root mean square (plain form: of the weights' norm)."""
-        host, told = host_of(model), []
+    ) -> tuple[list[Tensors], list[dict[str, float]]]:
+        """Factors of the planned ranks.
+
+        Returns:
+            For each block its canonical tensors with the nearest weights of these ranks and their factors, nothing where
+            none is planned; and what each loses, as a share of the outputs' root mean square (plain form: of the
+            weights' norm).
+        """
+        host, weights, told = host_of(model), [], []
         for i, (block_plan, known) in enumerate(zip(plan.blocks, inputs, strict=True)):
             block = host.block(model, i)
             tensors, errors = host.read(block), {}
             for name, rank in block_plan.ranks:
                 if rank is None:
                     continue
-                gain, bias, moments = (
-                    _gain(block, name),
-                    _bias(tensors, name),
-                    known.get(name),
-                )
-                weight = _scaled(weight_of(tensors, name), gain)
+                gain, bias, moments = _gain(block, name), _bias(tensors, name), known.get(name)
+                old, dtype = weight_of(tensors, name).double(), tensors[f"{name}.weight"].dtype
                 second = _second(moments, centred=bias is not None)
-                found = decompose(weight, rank, self.decomposition, moments=second, seed=seed)
-                nearest = found.product
-                if gain is not None:
-                    nearest = nearest / gain.unsqueeze(1)
-                lost = weight_of(tensors, name).double() - nearest.double()
+                found = decompose(
+                    _scaled(old, gain), rank, self.decomposition, moments=second, seed=seed
+                )
+                up = found.up if gain is None else found.up / gain.double().unsqueeze(1)
+                up, down = up.to(dtype), found.down.to(dtype)
+                nearest = up.double() @ down.double()
+                errors[name] = _lost(_scaled(old, gain), _scaled(nearest, gain), second)
+                tensors |= {f"{name}.up": up, f"{name}.down": down}
                 tensors[f"{name}.weight"] = nearest.reshape(tensors[f"{name}.weight"].shape)
                 if bias is not None and moments is not None:
-                    shifted = bias.double().flatten() + lost @ moments.mean
-                    tensors[f"{name}.bias"] = shifted.to(bias.dtype).reshape(bias.shape)
-                errors[name] = _relative(weight, found.output_error, found.weight_error, second)
-            host.write(block, tensors, DENSE)
+                    shifted = bias.double().flatten() + (old - nearest) @ moments.mean
+                    tensors[f"{name}.bias"] = shifted.reshape(bias.shape)
+            weights.append(tensors if errors else {})
             told.append(errors)
-        return told
+        return weights, told
+
+    def left_dense(self, plan: Plan) -> list[list[str]]:
+        """The projections of each block that a plan leaves as they are."""
+        return [
+            [name for name, rank in block.ranks if rank is None and name in self.projections]
+            for block in plan.blocks
+        ]
 
 
 #: Layer scale of a row counts at least this share of the mean one: rows that count nothing could not be had back.
@@ -221,7 +232,7 @@ def _gain(block: Block, name: str) -> Tensor | None:
 
 
 def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
-    return weight if gain is None else weight * gain.unsqueeze(1)
+    return weight if gain is None else weight * gain.double().unsqueeze(1)
 
 
 #: Moments of what each projection of a block reads.
@@ -258,13 +269,13 @@ def _second(moments: Moments | None, centred: bool) -> Tensor | None:
     return moments.covariance if centred else moments.second / moments.count
 
 
-def _relative(
-    weight: Tensor, output_error: float | None, weight_error: float, second: Tensor | None
-) -> float:
-    w = weight.double()
-    if output_error is None or second is None:
-        return weight_error / max(float(w.norm()), 1e-300)
-    return output_error / max(float((w @ second * w).sum().clamp_min(0).sqrt()), 1e-300)
+def _lost(weight: Tensor, nearest: Tensor, second: Tensor | None) -> float:
+    """What is lost, as a share of the outputs' root mean square, or of the weights' norm."""
+
+    def size(w: Tensor) -> float:
+        return float(w.norm() if second is None else (w @ second * w).sum().clamp_min(0).sqrt())
+
+    return size(weight - nearest) / max(size(weight), 1e-300)
 
 
 def _plan_of(shape: ViTShape) -> Plan:
