@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitailor.decompose import Decomposition, Factors, decompose
+from vitailor.decompose import Decomposition, Factors, decompose, energies
 from vitailor.errors import UsageError
 
 KINDS = get_args(Decomposition)
@@ -202,10 +202,65 @@ def test_full_rank_is_exact_where_rounding_makes_moments_indefinite(kind):
     assert found.weight_error < 1e-8 * w.norm()
 
 
-def test_factors_have_the_dtype_of_the_weights():
-    found = decompose(weights("plain", 6, 5).half(), 2)
+def test_factors_have_the_dtype_of_the_weights_and_errors_tell_of_it():
+    half = weights("plain", 6, 5).half()
+    found = decompose(half, 5, moments=torch.eye(5))
     assert found.up.dtype == found.down.dtype == torch.float16
     assert isinstance(found, Factors)
+    lost = float((half.double() - found.up.double() @ found.down.double()).norm())
+    assert found.weight_error == pytest.approx(lost) == pytest.approx(found.output_error)
+    assert lost > 1e-5  # rounding alone
+
+
+@given(shapes_of_weights, sizes, sizes, seeds, st.sampled_from([None, 2, 100]))
+def test_energies_are_what_svd_loses(sort, out, width, seed, samples):
+    w = weights(sort, out, width, seed)
+    moments = None if samples is None else second_moments(width, samples, seed)
+    found = energies(w, moments)
+    assert found.shape == (min(out, width),)
+    scale = w.norm() * (1 if moments is None else moments.trace().sqrt())
+    for rank in range(1, len(found) + 1):
+        best = decompose(w, rank, moments=moments)
+        error = best.weight_error if moments is None else best.output_error
+        expected = float(found[rank:].sum().sqrt())
+        assert abs(error - expected) <= 1e-6 * float(scale) + 1e-300
+
+
+@pytest.mark.parametrize("kind", ["qr", "qr-pivoted", "qr-importance", "lu", "lu-complete"])
+def test_activation_aware_columns_are_those_of_the_weights_times_a_root(kind):
+    """By hand: the span is that of W L for C = L L^T, features ordered by importance first where that decides."""
+    w, moments = weights("decaying", 7, 9), second_moments(9, 100)
+    order = torch.arange(9)
+    if kind == "qr-importance":
+        order = (w.square().sum(0) * moments.diagonal()).argsort(descending=True)
+    seen = w[:, order] @ torch.linalg.cholesky(moments[order][:, order])
+    found = decompose(w, 3, kind, moments=moments).product
+    if kind.startswith("lu"):
+        # The rows that LU keeps are exact in the product, and its column space is that of the leading columns.
+        exact = ((found - w).norm(dim=1) < 1e-8 * w.norm()).sum()
+        assert exact == 3
+        assert (found - decompose(w, 3, kind).product).norm() > 1e-3
+        if kind == "lu":
+            q = torch.linalg.qr(seen[:, :3])[0]
+            assert (found - q @ q.mT @ found).norm() < 1e-7 * w.norm()
+        return
+    if kind == "qr-pivoted":
+        pivots: list[int] = []
+        rest = seen.clone()
+        for _ in range(3):
+            pivots.append(int(rest.norm(dim=0).argmax()))
+            column = rest[:, pivots[-1]] / rest[:, pivots[-1]].norm()
+            rest = rest - torch.outer(column, column @ rest)
+        seen = seen[:, pivots]
+    q = torch.linalg.qr(seen[:, :3])[0]
+    torch.testing.assert_close(found, q @ q.mT @ w, rtol=1e-6, atol=1e-6)
+
+
+def test_columns_are_chosen_from_a_sketch():
+    """The randomized form sees only so many mixtures of the rows, which differ by seed."""
+    w = torch.randn(60, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = [decompose(w, 2, "qr-randomized", seed=seed).product for seed in range(6)]
+    assert len({round(float(product.norm()), 6) for product in kept}) > 1
 
 
 def test_what_cannot_be_decomposed_is_refused():
@@ -215,8 +270,17 @@ def test_what_cannot_be_decomposed_is_refused():
             decompose(w, rank)
     with pytest.raises(UsageError, match="scores are not 6 finite numbers"):
         decompose(w, 2, "qr-importance", scores=torch.rand(5))
-    with pytest.raises(UsageError, match="second moments hold"):
-        decompose(w, 2, moments=torch.full((6, 6), float("inf")))
+    with pytest.raises(UsageError, match="does not look at scores"):
+        decompose(w, 2, "svd", scores=torch.rand(6))
+    with pytest.raises(UsageError, match="no decomposition 'QR'"):
+        decompose(w, 2, "QR")
+    infinite, other = torch.full((6, 6), float("inf")), torch.eye(5)
+    for moments, message in ((infinite, "second moments hold"), (other, "do not fit a map of 6")):
+        with pytest.raises(UsageError, match=message):
+            decompose(w, 2, moments=moments)
+        with pytest.raises(UsageError, match=message):
+            energies(w, moments)
     w[0, 0] = float("nan")
-    with pytest.raises(UsageError, match="not finite"):
-        decompose(w, 2)
+    for call in (lambda: decompose(w, 2), lambda: energies(w), lambda: energies(w, torch.eye(6))):
+        with pytest.raises(UsageError, match="not finite"):
+            call()

@@ -236,6 +236,54 @@ def test_gates_decide_on_hidden_units_of_the_model_at_low_rank(form, attention, 
     assert [b.neurons for b in mine.plan.blocks] != [b.neurons for b in other.plan.blocks]
 
 
+def test_other_calibration_images_are_another_model(tmp_path):
+    model, train = build(), labeled(build())
+    method = Hybrid(form="factors", attention=0.25, training=TRAINING)
+    one, other = [images(model, 24)], [images(model, 24, seed=5)]
+    same = {"train": train, "folder": tmp_path}
+    vt.compress(model, method, vt.Budget(params=0.7), data=one, **same)
+    with pytest.raises(UsageError, match="calibration"):
+        vt.compress(model, method, vt.Budget(params=0.7), data=other, resume=True, **same)
+
+
+def test_factors_of_the_weights_alone():
+    model = build()
+    settings = {"form": "factors", "attention": 0.25, "compensation": False}
+    aware, plain = (
+        cut(model, vt.Budget(macs=0.8), activation_aware=own, **settings) for own in (True, False)
+    )
+    host = host_of(model)
+    before, after, other = (host.read(host.block(m, 0)) for m in (model, plain, aware))
+    for name in ("q", "k", "v"):
+        weight, found = (t[f"{name}.weight"].flatten(0, 1) for t in (before, after))
+        best = torch.linalg.svdvals(weight)[4:].norm()  # no other four directions lose less
+        torch.testing.assert_close((weight - found).norm(), best)
+        assert torch.equal(before[f"{name}.bias"], after[f"{name}.bias"])
+        assert (weight - other[f"{name}.weight"].flatten(0, 1)).norm() > 1.001 * best
+        # What inputs see: the bias takes up what is lost of the mean.
+        assert not torch.equal(before[f"{name}.bias"], other[f"{name}.bias"])
+
+
+def test_layer_scale_weighs_what_factors_write():
+    model = build(init_values=1.0, embed_dim=32)
+    gain = torch.linspace(0.01, 3, 32)
+    folded = copy.deepcopy(model)
+    with torch.no_grad():
+        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
+            for ls, layer, other in (
+                (scaled.ls1, plain.attn.proj, plain.ls1),
+                (scaled.ls2, plain.mlp.fc2, plain.ls2),
+            ):
+                ls.gamma.copy_(gain)
+                layer.weight *= gain.unsqueeze(1)
+                layer.bias *= gain
+                other.gamma.fill_(1)
+    a, b = (cut(m, vt.Budget(macs=0.6), form="factors") for m in (model, folded))
+    assert a.vitailor.steps[0].plan == b.vitailor.steps[0].plan
+    x = images(model, 8)
+    torch.testing.assert_close(a(x), b(x), rtol=1e-2, atol=1e-3)
+
+
 def test_gates_learn_from_the_dense_model(monkeypatch):
     model = build()
     asked: list[bool] = []
@@ -304,6 +352,8 @@ def test_what_cannot_work_is_refused_before_any_work():
         cut(model, vt.Budget(macs=0.5), form="factors", attention=0.5)
     with pytest.raises(UsageError, match="not to a latency"):
         cut(model, vt.Budget(latency=0.5), scores="gates", training=TRAINING)
+    with pytest.raises(UsageError, match="as real inputs see them"):
+        cut(model, vt.Budget(macs=0.5), activation_aware=False)
     low = apply(model, Plan(blocks=(BlockPlan(ranks={"q": 3}), BlockPlan())))
     with pytest.raises(UsageError, match="low-rank projections already"):
         cut(low, vt.Budget(macs=0.5))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitailor.linalg import add_ridge, balanced_bases, regress_on_kept, sqrt_psd
+from vitailor.linalg import add_ridge, balanced, balanced_bases, regress_on_kept, sqrt_psd
 
 sizes = st.integers(1, 6)
 seeds = st.integers(0, 1000)
@@ -28,6 +28,18 @@ def truncation_error(left: Tensor, right: Tensor, kept: Tensor) -> float:
     """Mean square of a^T b - a^T M b for independent a, b with second moments `left` and `right`."""
     missing = torch.eye(len(left), dtype=left.dtype) - kept
     return float(torch.trace(left @ missing @ right @ missing.T))
+
+
+@given(sizes, sizes, sizes, seeds)
+def test_balanced_factors_have_the_same_product(m, r, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    up = 100 * torch.randn(m, r, generator=generator, dtype=torch.float64)
+    down = torch.randn(r, n, generator=generator, dtype=torch.float64)
+    down[0] = 0
+    a, b = balanced(up, down)
+    torch.testing.assert_close(a @ b, up @ down)
+    torch.testing.assert_close(a[:, 1:].norm(dim=0), b[1:].norm(dim=1))
+    torch.testing.assert_close(a[:, 0], up[:, 0])  # the other half is zero: here training can begin
 
 
 # -- roots ---------------------------------------------------------------------------------------

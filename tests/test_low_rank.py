@@ -19,13 +19,13 @@ from vitailor.budget import cost
 from vitailor.decompose import Decomposition, decompose
 from vitailor.errors import BudgetError, UsageError
 from vitailor.hosts import host_of, shape_of
-from vitailor.methods import VTP, LowRank
+from vitailor.methods import VTP, ClosedForm, Hybrid, LowRank, MultiDim
 from vitailor.methods.base import Task
-from vitailor.methods.low_rank import weight_of
+from vitailor.methods.low_rank import Projection, weight_of
 from vitailor.plan import BlockPlan, Plan
 from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from vitailor.shape import DENSE
-from vitailor.surgery import merge_back, written
+from vitailor.surgery import apply, merge_back, written
 
 
 def data(model: nn.Module, count: int = 24) -> list[Tensor]:
@@ -266,18 +266,151 @@ def test_biases_take_up_what_is_lost_of_the_mean():
     """The mean output of every decomposed projection on the calibration images stays as it was."""
     model = build()
     x = images(model, 32)
-    method = LowRank(projections=("fc1",), share=0.3)
-    small = vt.compress(model, method, vt.Budget(macs=1.0), data=[x])
     means = []
-    for one in (model, small):
-        seen: list[Tensor] = []
-        handle = one.blocks[0].mlp.fc1.register_forward_hook(
-            lambda module, args, out, into=seen: into.append(out.mean((0, 1)))
+    for name in get_args(Projection):
+        method = LowRank(projections=(name,), share=0.3)
+        small = vt.compress(model, method, vt.Budget(macs=1.0), data=[x])
+        where, part = {"out": ("attn.proj", 0), "fc1": ("mlp.fc1", 0), "fc2": ("mlp.fc2", 0)}.get(
+            name, ("attn.qkv", "qkv".find(name))
         )
-        one(x)
-        handle.remove()
-        means.append(seen[0])
-    assert torch.allclose(*means, atol=1e-5)
+        means = []
+        for one in (model, small):
+            apart = one is small and where == "attn.qkv"
+            out = outputs(one, f"attn.{name}" if apart else where, x)
+            parts = 3 if where == "attn.qkv" and not apart else 1
+            means.append(out.mean((0, 1)).chunk(parts)[0 if parts == 1 else part])
+        assert means[0].abs().max() > 0.01
+        torch.testing.assert_close(*means, atol=1e-5, rtol=1e-4)
+
+
+def outputs(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a module of the first block puts out."""
+    seen: list[Tensor] = []
+    module = model.blocks[0].get_submodule(name)
+    handle = module.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_spectra_are_those_of_what_projections_put_out(bias):
+    """With a bias, which takes up the mean, those of the outputs' variation; else of the outputs."""
+    model = build(proj_bias=bias, qkv_bias=bias).double()
+    task = task_of(model)
+    x = torch.cat([batch for batch, _ in task.batches()])
+    method = LowRank()
+    found = method.spectra(model, method.inputs(task))
+    for name, where in (("fc1", "mlp.fc1"), ("fc2", "mlp.fc2"), ("out", "attn.proj")):
+        out = outputs(model, where, x).flatten(0, 1)
+        out = out - out.mean(0) if bias else out
+        expected = torch.linalg.eigvalsh(out.mT @ out / len(out)).flip(0)
+        (ours,) = (s.energies for s in found if s.block == 0 and s.name == name)
+        torch.testing.assert_close(ours, expected[: len(ours)], rtol=1e-6, atol=1e-9)
+
+
+def test_spectra_of_what_is_written_are_weighed_by_layer_scale():
+    model = build(init_values=1.0).double()
+    folded = copy.deepcopy(model)
+    gain = torch.linspace(0.01, 3, 16)
+    with torch.no_grad():
+        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
+            scaled.ls2.gamma.copy_(gain)
+            plain.ls2.gamma.fill_(1)
+            plain.mlp.fc2.weight *= gain.unsqueeze(1)
+    for aware in (True, False):
+        method = LowRank(projections=("fc2",), activation_aware=aware)
+        # Of the first block, whose inputs are the same.
+        a, b = (method.spectra(m, method.inputs(task_of(m)))[0].energies for m in (model, folded))
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_that_layer_scale_leaves_out_come_to_no_harm():
+    model = build(init_values=1.0)
+    with torch.no_grad():
+        model.blocks[0].ls2.gamma[:5] = 0
+        model.blocks[1].ls1.gamma.zero_()
+    small = cut(LowRank(), vt.Budget(params=0.7), model)
+    assert torch.isfinite(small(images(model, 3))).all()
+
+
+def test_settings_of_ranks_and_sketches():
+    model = build()
+    for step in (3, 4):
+        small = cut(LowRank(step=step), vt.Budget(params=0.7), model)
+        ranks = [r for block in shape_of(small).blocks for _, r in block.ranks if r is not None]
+        assert ranks
+        assert all(rank % step == 0 for rank in ranks)
+    task, method = task_of(model), LowRank(energy=0.7)
+    kept = at_energy(method.spectra(model, method.inputs(task)), 0.7)
+    expected = with_ranks(task.shape, method.spectra(model, method.inputs(task)), kept)
+    assert shape_of(cut(method, vt.Budget(macs=1.0), model)) == expected
+    wide = build(embed_dim=64)  # a sketch of few columns is not all there is
+    sketched = LowRank(decomposition="randomized-svd", share=0.05)
+    one, same, other = (cut(sketched, vt.Budget(macs=1.0), wide, seed=seed) for seed in (0, 0, 1))
+    assert same_state(one, same)
+    assert not same_state(one, other)
+
+
+@pytest.mark.parametrize("method", [LowRank(), Hybrid(form="factors")])
+def test_budgets_of_models_that_are_cut_already(method):
+    """With fewer tokens, hidden units and features read, MACs are those of what is left."""
+    kept = tuple(range(11))
+    block = BlockPlan(num_tokens_out=5, neurons=tuple(range(40)), mlp_features=kept)
+    before = apply(build(), Plan(blocks=(block, BlockPlan(neurons=tuple(range(50))))))
+    for budget in (vt.Budget(macs=0.8), vt.Budget(params=0.8)):
+        small = vt.compress(before, method, budget, data=data(before))
+        metric = budget.metric
+        share = cost(shape_of(small), metric) / cost(shape_of(before), metric)
+        assert 0.78 < share <= 0.8
+        assert shape_of(small).blocks[0].mlp_features == 11
+
+
+def test_values_that_are_not_finite_are_told_of():
+    model = build()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+    for aware in (True, False):
+        with pytest.raises(UsageError, match="not finite"):
+            cut(LowRank(activation_aware=aware), vt.Budget(params=0.8), model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ClosedForm(harm_images=8, tune_images=8),
+        ClosedForm(allocation="uniform"),
+        MultiDim(trials=3, initial=2),
+        VTP(scores="magnitude", training=vt.TrainConfig(epochs=1, batch_size=8, hflip=0.0)),
+    ],
+)
+def test_low_rank_models_are_cut_again(method):
+    model = build(embed_dim=32)
+    low = cut(LowRank(), vt.Budget(params=0.7), model)
+    train = [(images(model, 16), torch.arange(16) % 5)] if method.trains else None
+    small = vt.compress(low, method, vt.Budget(macs=0.5), data=data(model), train=train)
+    shape = shape_of(small)
+    assert shape == small.vitailor.shape
+    assert 0.44 < shape.macs / shape_of(low).macs <= 0.5
+    for block, sizes in zip(shape.blocks, shape.linears(), strict=True):
+        for name, rank in block.ranks:
+            fan_in, fan_out = sizes[name]
+            assert rank is None or rank * (fan_in + fan_out) < fan_in * fan_out
+    assert torch.isfinite(small(images(model, 3))).all()
+
+
+def test_multiplied_out_models_tell_of_themselves(tmp_path):
+    small = cut(LowRank(), vt.Budget(params=0.75))
+    back = merge_back(small)
+    shape = shape_of(back)
+    known, before = back.vitailor, small.vitailor
+    assert known.shape == shape != before.shape
+    assert known.record["params"] == {**before.record["params"], "after": shape.params}
+    assert known.record["macs"] == {**before.record["macs"], "after": shape.macs}
+    assert (known.steps, known.preprocessing) == (before.steps, before.preprocessing)
+    vt.save(back, tmp_path / "back")
+    assert vt.load(tmp_path / "back").vitailor.shape.params == shape.params
+    assert small.vitailor == before
 
 
 def test_after_vtp():

@@ -166,6 +166,50 @@ def test_factors_multiply_out(data, kind):
         assert_equal(back(IMAGES[kind]), factored(IMAGES[kind]))
 
 
+@given(st.data(), st.sampled_from(["plain", "layer scale", "no biases", "qk norm"]))
+def test_what_is_cut_of_factors_is_what_is_cut_of_their_product(data, kind):
+    model, x = DENSE_MODELS[kind], IMAGES[kind]
+    factored = surgery.apply(model, data.draw(plans(shape_of(model), ranks=True)))
+    before = shape_of(factored)
+    plan = data.draw(plans(before))
+    small = surgery.apply(factored, plan)
+    shape = shape_of(small)
+    assert shape == plan.result(before)
+    assert shape.params == sum(p.numel() for p in small.parameters())
+    for i, (was, now) in enumerate(zip(before.linears(), shape.linears(), strict=True)):
+        for name, rank in shape.blocks[i].ranks:
+            had = getattr(before.blocks[i].ranks, name)
+            fan_in, fan_out = now[name]
+            saves = had is not None and had * (fan_in + fan_out) < fan_in * fan_out
+            assert rank == (had if saves or was[name] == now[name] else None)
+    with torch.inference_mode():
+        assert_equal(small(x), surgery.apply(surgery.merge_back(factored), plan)(x))
+
+
+def test_what_was_frozen_stays_frozen():
+    model = dense()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].mlp.fc1.requires_grad_(False)
+    plan = BlockPlan(heads=(0, 2), neurons=tuple(range(9)), ranks=Ranks(q=2, fc1=3, fc2=3))
+    small = surgery.apply(model, Plan(blocks=(plan, plan)))
+    assert not any(p.requires_grad for p in small.blocks[0].parameters())
+    frozen = {n for n, p in small.blocks[1].named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in small.blocks[1].named_parameters() if "fc1" in n}
+
+
+def test_factors_of_nothing_can_be_trained():
+    """Where both factors were zero, neither would ever get a gradient."""
+    model = dense()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.zero_()
+    plan = Plan(blocks=(BlockPlan(ranks=Ranks(fc2=3)), BlockPlan()))
+    small = surgery.apply(model, plan)
+    assert_equal(small(X), model(X))
+    small(X).square().sum().backward()
+    fc2 = small.blocks[0].mlp.fc2
+    assert sum(float(half.weight.grad.abs().sum()) for half in (fc2.up, fc2.down)) > 0
+
+
 @pytest.mark.parametrize("name", Ranks.model_fields)
 def test_a_rank_truncates_one_projection(name):
     """The factored projection has that rank, and is the best approximation of that rank."""
