@@ -4,7 +4,8 @@
 
 On the ViT-Ti/16 for Tiny-ImageNet at half of the MACs, training-free, 40 candidates, three seeds, with and without
 compensation. Rewards are on training images; validation images are used once, for the figures. Each row is appended
-to the log when it is done and not measured again, and searches go on from their journals.
+to the log when it is done and not measured again, and searches go on from their journals. `--backwards` is for a second
+process with the same log.
 
     python benchmarks/policy_search.py --part workers --work ../runs
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -70,24 +71,24 @@ class Bench:
             num_classes=self.dense.num_classes,
             labels_needed=True,
         ).draw(FEW, 0)
-        self.done = {key(row) for row in read(log) if row["part"] == "search"}
 
-    def rows(self) -> None:
-        self.measure("dense", None, None, None, lambda: (self.dense, {}))
+    def rows(self, backwards: bool) -> None:
+        jobs = [("dense", None, None, None, lambda: (self.dense, {}))]
         for compensation in (True, False):
             for space in SPACES:
-                self.measure(
-                    "uniform", space, compensation, None, self.uniform(space, compensation)
-                )
-                for seed in SEEDS:
-                    for sampler in ("gp", "random"):
-                        run = self.searched(space, compensation, sampler, seed)
-                        self.measure(sampler, space, compensation, seed, run)
-        self.measure("closed-form", None, True, None, self.closed_form)
+                even = self.uniform(space, compensation)
+                jobs.append(("uniform", space, compensation, None, even))
+                for seed, sampler in product(SEEDS, ("gp", "random")):
+                    run = self.searched(space, compensation, sampler, seed)
+                    jobs.append((sampler, space, compensation, seed, run))
+        jobs.append(("closed-form", None, True, None, self.closed_form))
+        for job in reversed(jobs) if backwards else jobs:
+            self.measure(*job)
 
     def measure(self, row: str, space: str | None, compensation: bool | None, seed, run) -> None:
         facts = {"row": row, "space": space, "compensation": compensation, "seed": seed}
-        if key(facts) in self.done:
+        # Another process may have come from the other end.
+        if key(facts) in {key(known) for known in read(self.log) if known["part"] == "search"}:
             return
         model, told = run()
         found = vt.evaluate(model, self.validation, preprocessing=self.preprocessing)
@@ -285,12 +286,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="folder for journals")
     parser.add_argument("--log", type=Path, default=Path("benchmarks/results/policy_search.jsonl"))
+    parser.add_argument(
+        "--backwards", action="store_true", help="beside a process that goes forward"
+    )
     parser.add_argument("--part", choices=("search", "workers"), default="search")
     arguments = parser.parse_args()
     if arguments.part == "workers":
         workers(arguments.data, arguments.work, arguments.log)
     else:
-        Bench(arguments.data, arguments.work, arguments.log).rows()
+        Bench(arguments.data, arguments.work, arguments.log).rows(arguments.backwards)
 
 
 if __name__ == "__main__":
