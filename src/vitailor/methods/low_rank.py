@@ -200,7 +200,9 @@ class LowRank(Method):
                 nearest = up.double() @ down.double()
                 errors[name] = _lost(_scaled(old, gain), _scaled(nearest, gain), second)
                 tensors |= {f"{name}.up": up, f"{name}.down": down}
-                tensors[f"{name}.weight"] = nearest.reshape(tensors[f"{name}.weight"].shape)
+                tensors[f"{name}.weight"] = nearest.to(dtype).reshape(
+                    tensors[f"{name}.weight"].shape
+                )
                 if bias is not None and moments is not None:
                     shifted = bias.double().flatten() + (old - nearest) @ moments.mean
                     tensors[f"{name}.bias"] = shifted.reshape(bias.shape)
