@@ -15,16 +15,20 @@ from torch import Tensor, nn
 import vitailor as vt
 from conftest import build, images
 from test_compression import same_state
+from vitailor.allocate import fill
 from vitailor.budget import cost
+from vitailor.criteria import magnitude
 from vitailor.decompose import Decomposition, decompose
 from vitailor.errors import BudgetError, UsageError
 from vitailor.hosts import host_of, shape_of
 from vitailor.methods import VTP, ClosedForm, Hybrid, LowRank, MultiDim
 from vitailor.methods.base import Task
 from vitailor.methods.low_rank import Projection, weight_of
+from vitailor.orders import plan_for
 from vitailor.plan import BlockPlan, Plan
 from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from vitailor.shape import DENSE
+from vitailor.sizes import Steps, with_size
 from vitailor.surgery import apply, merge_back, written
 
 
@@ -397,6 +401,23 @@ def test_low_rank_models_are_cut_again(method):
             fan_in, fan_out = sizes[name]
             assert rank is None or rank * (fan_in + fan_out) < fan_in * fan_out
     assert torch.isfinite(small(images(model, 3))).all()
+
+
+def test_factors_come_back_with_what_is_given_back():
+    """An allocation that shrinks and grows ends at the factors of the model it cuts."""
+    low = shape_of(cut(LowRank(), vt.Budget(params=0.7), build(embed_dim=32)))
+    steps, least = Steps.for_shape(low), low
+    for i in range(low.depth):
+        least = with_size(least, i, "neurons", steps.neurons)
+    assert all(block.ranks.fc1 is block.ranks.fc2 is None for block in least.blocks)
+    assert fill(least, low, "params", low.params, ("neurons",), steps) == low
+
+
+def test_factors_that_stay_are_not_asked_for():
+    """A plan that cuts nothing touches nothing, factors neither."""
+    low = cut(LowRank(), vt.Budget(params=0.7))
+    orders = [magnitude(timm_block(low, i)).order() for i in range(2)]
+    assert plan_for(shape_of(low), shape_of(low), orders) == Plan.identity(shape_of(low))
 
 
 def test_multiplied_out_models_tell_of_themselves(tmp_path):
