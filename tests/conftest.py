@@ -71,6 +71,23 @@ def _built(name: str, seed: int, overrides: tuple[tuple[str, object], ...]) -> n
     return randomise(model, seed).eval()
 
 
+def layer_scaled() -> tuple[nn.Module, nn.Module]:
+    """A model with layer scale, and the same function with it folded into the weights."""
+    model = build(init_values=1.0, embed_dim=32)
+    gain, folded = torch.linspace(0.01, 3, 32), copy.deepcopy(model)
+    with torch.no_grad():
+        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
+            for ls, layer, other in (
+                (scaled.ls1, plain.attn.proj, plain.ls1),
+                (scaled.ls2, plain.mlp.fc2, plain.ls2),
+            ):
+                ls.gamma.copy_(gain)
+                layer.weight *= gain.unsqueeze(1)
+                layer.bias *= gain
+                other.gamma.fill_(1)
+    return model, folded
+
+
 def build_t2t(*, seed: int = 0, **overrides: Any) -> nn.Module:
     """The same of T2T-ViT: 9 patch tokens, two blocks of two heads."""
     with torch.random.fork_rng(devices=[]):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vitailor as vt
-from conftest import build, images
+from conftest import build, images, layer_scaled
 from test_compression import same_state
 from vitailor.budget import cost
 from vitailor.calibrate import dense_sweep
@@ -265,19 +265,7 @@ def test_factors_of_the_weights_alone():
 
 
 def test_layer_scale_weighs_what_factors_write():
-    model = build(init_values=1.0, embed_dim=32)
-    gain = torch.linspace(0.01, 3, 32)
-    folded = copy.deepcopy(model)
-    with torch.no_grad():
-        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
-            for ls, layer, other in (
-                (scaled.ls1, plain.attn.proj, plain.ls1),
-                (scaled.ls2, plain.mlp.fc2, plain.ls2),
-            ):
-                ls.gamma.copy_(gain)
-                layer.weight *= gain.unsqueeze(1)
-                layer.bias *= gain
-                other.gamma.fill_(1)
+    model, folded = layer_scaled()
     a, b = (cut(m, vt.Budget(macs=0.6), form="factors") for m in (model, folded))
     assert a.vitailor.steps[0].plan == b.vitailor.steps[0].plan
     x = images(model, 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vitailor as vt
-from conftest import build, images
+from conftest import build, images, layer_scaled
 from test_compression import same_state
 from vitailor.allocate import fill
 from vitailor.budget import cost
@@ -182,19 +182,7 @@ def test_what_is_built_is_what_was_asked_for(kind, aware):
 
 def test_layer_scale_weighs_what_is_written():
     """As if it were part of the weights."""
-    model = build(init_values=1.0, embed_dim=32)
-    gain = torch.linspace(0.01, 3, 32)
-    folded = copy.deepcopy(model)
-    with torch.no_grad():
-        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
-            for ls, layer, other in (
-                (scaled.ls1, plain.attn.proj, plain.ls1),
-                (scaled.ls2, plain.mlp.fc2, plain.ls2),
-            ):
-                ls.gamma.copy_(gain)
-                layer.weight *= gain.unsqueeze(1)
-                layer.bias *= gain
-                other.gamma.fill_(1)
+    model, folded = layer_scaled()
     x = images(model, 16)
     torch.testing.assert_close(model(x), folded(x), rtol=1e-4, atol=1e-5)
     method = LowRank(projections=("out", "fc2"), share=0.4)
@@ -314,14 +302,7 @@ def test_spectra_are_those_of_what_projections_put_out(bias):
 
 
 def test_spectra_of_what_is_written_are_weighed_by_layer_scale():
-    model = build(init_values=1.0).double()
-    folded = copy.deepcopy(model)
-    gain = torch.linspace(0.01, 3, 16)
-    with torch.no_grad():
-        for scaled, plain in zip(model.blocks, folded.blocks, strict=True):
-            scaled.ls2.gamma.copy_(gain)
-            plain.ls2.gamma.fill_(1)
-            plain.mlp.fc2.weight *= gain.unsqueeze(1)
+    model, folded = (m.double() for m in layer_scaled())
     for aware in (True, False):
         method = LowRank(projections=("fc2",), activation_aware=aware)
         # Of the first block, whose inputs are the same.
