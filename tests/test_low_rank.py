@@ -31,6 +31,9 @@ from vitailor.shape import DENSE
 from vitailor.sizes import Steps, with_size
 from vitailor.surgery import apply, merge_back, written
 
+#: Where projections are that are layers of their own.
+PLACES = {"out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
 
 def data(model: nn.Module, count: int = 24) -> list[Tensor]:
     return [images(model, count)]
@@ -171,6 +174,8 @@ def test_what_is_built_is_what_was_asked_for(kind, aware):
             second = None if moments is None else moments.covariance
             expected = decompose(weight, rank, kind, moments=second)
             torch.testing.assert_close(weight_of(built, name), expected.product)
+            factored = small.blocks[i].get_submodule(PLACES.get(name, f"attn.{name}"))
+            torch.testing.assert_close(factored.up.weight, expected.up)  # as it was found
             lost = weight - expected.product
             error = (
                 lost.norm() / weight.norm()
@@ -262,9 +267,7 @@ def test_biases_take_up_what_is_lost_of_the_mean():
     for name in get_args(Projection):
         method = LowRank(projections=(name,), share=0.3)
         small = vt.compress(model, method, vt.Budget(macs=1.0), data=[x])
-        where, part = {"out": ("attn.proj", 0), "fc1": ("mlp.fc1", 0), "fc2": ("mlp.fc2", 0)}.get(
-            name, ("attn.qkv", "qkv".find(name))
-        )
+        where, part = PLACES.get(name, "attn.qkv"), max(0, "qkv".find(name))
         means = []
         for one in (model, small):
             apart = one is small and where == "attn.qkv"
