@@ -26,6 +26,7 @@ from vitailor.methods.base import Task
 from vitailor.methods.low_rank import Projection, weight_of
 from vitailor.orders import plan_for
 from vitailor.plan import BlockPlan, Plan
+from vitailor.policy import sized
 from vitailor.ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from vitailor.shape import DENSE
 from vitailor.sizes import Steps, with_size
@@ -394,6 +395,7 @@ def test_factors_come_back_with_what_is_given_back():
     for i in range(low.depth):
         least = with_size(least, i, "neurons", steps.neurons)
     assert all(block.ranks.fc1 is block.ranks.fc2 is None for block in least.blocks)
+    assert sized(low, {"mlp_dim": [steps.neurons] * low.depth}, fused=False) == least
     assert fill(least, low, "params", low.params, ("neurons",), steps) == low
 
 

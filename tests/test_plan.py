@@ -65,11 +65,20 @@ def test_ranks_and_features_of_the_given_model_stay():
     assert after.attn_features == 5
 
 
-def test_factors_of_the_given_model_go_where_their_rank_is_above_what_is_left():
-    before = block(ranks=Ranks(fc1=7, fc2=5, out=8))
-    assert result(BlockPlan(neurons=tuple(range(6))), before).ranks == Ranks(fc2=5, out=8)
-    assert result(BlockPlan(heads=(0,)), before).ranks == before.ranks
-    assert result(BlockPlan(v_dims=((0,), (1,))), before).ranks == Ranks(fc1=7, fc2=5)
+def test_factors_of_the_given_model_go_where_one_layer_costs_no_more():
+    before = block(ranks=Ranks(q=8, fc1=7, fc2=5, out=4))
+    # q saves nothing as it is, but is the model's own.
+    for neurons, ranks in (
+        (13, Ranks(q=8, fc1=7, fc2=5, out=4)),  # 7 (16 + 13) < 16 * 13
+        (12, Ranks(q=8, fc2=5, out=4)),
+        (8, Ranks(q=8, fc2=5, out=4)),  # 5 (16 + 8) < 16 * 8
+        (7, Ranks(q=8, out=4)),
+    ):
+        assert result(BlockPlan(neurons=tuple(range(neurons))), before).ranks == ranks
+    assert result(BlockPlan(heads=(0,)), before).ranks == Ranks(fc1=7, fc2=5, out=4)
+    assert result(BlockPlan(v_dims=((0,), (1,))), before).ranks == Ranks(q=8, fc1=7, fc2=5)
+    asked = BlockPlan(neurons=tuple(range(7)), ranks=Ranks(fc1=6))
+    assert result(asked, before).ranks == Ranks(q=8, fc1=6, out=4)
 
 
 @pytest.mark.parametrize(
