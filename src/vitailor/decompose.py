@@ -108,7 +108,8 @@ def decompose(
         seed: of the randomized forms.
 
     Raises:
-        UsageError: for a rank out of range, or values that are not finite.
+        UsageError: for a kind that there is not, a rank out of range, sizes that do not fit, or values that are not
+            finite.
     """
     exact, second = _checked(weight, moments)
     out, width = exact.shape
