@@ -14,7 +14,7 @@ from conftest import build
 from vitailor import dependence
 from vitailor.data import loader, open_images, resolve_preprocessing
 from vitailor.hosts import shape_of
-from vitailor.methods import candidates, closed_form, multi_dim, weight_sharing
+from vitailor.methods import candidates, multi_dim, ranking, weight_sharing
 from vitailor.methods.multi_dim import JOURNAL
 from vitailor.provenance import weights_hash
 from vitailor.simulate import divergence
@@ -233,7 +233,7 @@ def test_rewards_and_results_are_compensated_on_calibration_images_alone(monkeyp
     places = {
         "result": (multi_dim, "cut"),
         "shared": (multi_dim, "dense_sweep"),
-        "dense": (closed_form, "dense_sweep"),
+        "dense": (ranking, "dense_sweep"),
     }
     for name, (module, function) in places.items():
         monkeypatch.setattr(module, function, listening(name, getattr(module, function)))

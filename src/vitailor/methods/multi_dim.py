@@ -304,8 +304,12 @@ class MultiDim(Method):
     # -- the stages ------------------------------------------------------------------------------
 
     def _ranked(self, task: Task) -> Sorted:
-        found = ranking.by_output_error(task, self.ridge if self._sweeps else None)
         units, places = self.criterion == "dependence", self.tokens == "fuse-dependence"
+        found = (
+            ranking.unranked(task, self._sweeps)
+            if units
+            else ranking.by_output_error(task, self.ridge)
+        )
         if not units and not places:
             return found
         return ranking.by_dependence(

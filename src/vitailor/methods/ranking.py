@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .. import dependence
-from ..criteria import Order
+from ..bases import rotate
+from ..calibrate import dense_sweep
+from ..criteria import Order, with_match_features
 from ..dependence import Bandwidths, Estimator
 from ..shape import BlockShape
 from .base import Task
@@ -17,15 +20,27 @@ from .closed_form import ClosedForm, Sorted
 BATCH = 128
 
 
-def by_output_error(task: Task, ridge: float | None) -> Sorted:
+def by_output_error(task: Task, ridge: float) -> Sorted:
     """The model, in bases in which dims of heads can be cut, with moments and orders of its units.
 
     Args:
-        ridge: of compensation; None leaves model and orders as they are, for what needs no moments.
+        ridge: of compensation.
     """
-    if ridge is not None:
-        return ClosedForm(ridge=ridge).sort(task)
-    return Sorted(task.model, [], [_as_they_are(block) for block in task.shape.blocks])
+    return ClosedForm(ridge=ridge).sort(task)
+
+
+def unranked(task: Task, sweeps: bool) -> Sorted:
+    """The model with heads and neurons in their old order.
+
+    Args:
+        sweeps: moments are needed, or dims of heads are cut; these are sorted by their bases.
+    """
+    orders = [_as_they_are(block, task.device) for block in task.shape.blocks]
+    if not sweeps:
+        return Sorted(task.model, [], orders)
+    model, moments = rotate(task.model, dense_sweep(task.model, task.batches()))
+    orders = [with_match_features(o, m) for o, m in zip(orders, moments, strict=True)]
+    return Sorted(model, moments, orders)
 
 
 def by_dependence(
@@ -70,12 +85,16 @@ def by_dependence(
     return replace(found, orders=orders)
 
 
-def _as_they_are(block: BlockShape) -> Order:
+def _as_they_are(block: BlockShape, device: torch.device) -> Order:
     """Units in their old order."""
-    heads, qk, v = block.num_heads, block.qk_dim, block.v_dim
+
+    def first(count: int) -> Tensor:
+        return torch.arange(count, device=device)
+
+    heads = block.num_heads
     return Order(
-        heads=torch.arange(heads),
-        qk_dims=torch.arange(qk).expand(heads, -1),
-        v_dims=torch.arange(v).expand(heads, -1),
-        neurons=torch.arange(block.mlp_dim),
+        heads=first(heads),
+        qk_dims=first(block.qk_dim).expand(heads, -1),
+        v_dims=first(block.v_dim).expand(heads, -1),
+        neurons=first(block.mlp_dim),
     )
