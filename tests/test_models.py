@@ -116,7 +116,7 @@ def test_unsupported_architectures_are_refused_before_a_download(name, monkeypat
 def test_what_cannot_be_built_without_storage_is_checked_all_the_same(monkeypatch):
     def unwilling(name: str, num_classes: int | None) -> nn.Module:
         if torch.get_default_device().type == "meta":
-            raise NotImplementedError
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")  # torch's own
         return nn.Linear(2, 2)
 
     monkeypatch.setattr(models, "_build", unwilling)
