@@ -68,6 +68,7 @@ def compress(
             rich_help_panel="Images",
         ),
     ] = None,
+    reward: o.Reward = None,
     settings: o.Settings = None,
     config: o.Config = None,
     epochs: o.Epochs = None,
@@ -128,7 +129,7 @@ def compress(
     if output is not None and not dry_run and is_first_process():
         setup.check_folder(output, overwrite or (resume and begun))
     setup.check_positive("--images", images)
-    for data in (calibrate, evaluate, train):
+    for data in (calibrate, evaluate, train, reward):
         if data is not None:
             setup.check_data(data)
     where = setup.device_of(device)
@@ -145,6 +146,8 @@ def compress(
         "checkpoint_every": checkpoint_every,
     }
     made = make_method(method, fields, sets, given, train, resume)
+    if reward is not None and not made.searches:
+        raise UsageError(f"{method} does not search, so --reward is not for it.", "Leave it out.")
     if class_map is not None and evaluate is None and train is None and not made.needs_labels:
         raise UsageError(
             "--class-map goes with --evaluate or --train.", "Leave it out, or pass one of them."
@@ -179,6 +182,7 @@ def compress(
         "data": calibrate,
         "images": images,
         "train": train,
+        "reward": reward,
         "class_map": class_map,
         "device": where,
         "seed": seed,

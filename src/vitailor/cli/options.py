@@ -110,6 +110,15 @@ CalibrationImages = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward",
+        metavar="DATA",
+        help="Images to judge the candidates of a search on; by default some of those to calibrate on.",
+        rich_help_panel=_IMAGES,
+    ),
+]
 Evaluate = Annotated[
     str | None,
     typer.Option(

@@ -78,15 +78,7 @@ def search(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            "--reward",
-            metavar="DATA",
-            help="Images to judge candidates on; by default some of those to calibrate on.",
-            rich_help_panel="Images",
-        ),
-    ] = None,
+    reward: o.Reward = None,
     reward_images: Annotated[
         int | None,
         typer.Option(
