@@ -243,7 +243,7 @@ def page(rows: list[dict]) -> str:
         f"{FEW:,} validation images, mean over seeds (dense {dense['top1']:.2f}). Made by",
         "`python benchmarks/policy_search.py`; the rows are in `benchmarks/results/policy_search.jsonl`.",
         "",
-        "| space | compensation | policy | top-1 by seed | mean | against closed-form, first seed | best reward, mean | s a trial | overhead |",
+        "| space | compensation | policy | top-1 by seed | mean | against closed-form by seed, paired 95% | best reward, mean | s a trial | overhead |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     ours = next((row for row in found if row["row"] == "closed-form"), None)
@@ -269,7 +269,9 @@ def page(rows: list[dict]) -> str:
 
 def line(own: list[dict], ours: dict | None, space: str, compensation: bool, name: str) -> str:
     values = [row["top1"] for row in own]
-    versus = "" if ours is None else span(outcomes(own[0]), outcomes(ours))
+    versus = ""
+    if ours is not None:
+        versus = "; ".join(span(outcomes(row), outcomes(ours)) for row in own)
     searched = "rewards" in own[0]
     reward = f"{statistics.mean(row['reward'] for row in own):.3f}" if searched else ""
     seconds = f"{statistics.mean(row['seconds_per_trial'] for row in own):.1f}" if searched else ""
