@@ -176,8 +176,8 @@ def page(rows: list[dict]) -> str:
         f"The same ViT-Ti/16 on Tiny-ImageNet (dense {dense['top1']:.2f}, n = {dense['images']:,}) at "
         f"{KEEP:g} of the MACs, if no other is named, with",
         "a few epochs over the 10,000 training images in all: three of label-free distillation, of outputs or of",
-        "the features before the head, after closed-form compression; five after a search on weights of measured harms",
-        "(multi-dim, 40 candidates); two of sparse training and two of fine-tuning for VTP, on labels and the dense",
+        "the features before the head, after closed-form compression; five, in bf16, after a search on weights of",
+        "measured harms (multi-dim, 40 candidates); two of sparse training and two of fine-tuning for VTP, on labels and the dense",
         f"model's outputs alike; the same two after magnitude pruning. Faster is a learning rate of {FASTER.lr:g}",
         f"instead of {FINETUNE.lr:g} in fine-tuning. One seed. Made by",
         "`python benchmarks/fine_tuning.py`; the rows are in `benchmarks/results/fine_tuning.jsonl`.",
