@@ -41,8 +41,8 @@ FEATURES = DISTIL.model_copy(update={"distill": "feature", "lr": 5e-5, "ema": 0.
 FINETUNE = vt.TrainConfig(epochs=2, lr=3e-5, alpha=0.5, gate_lr=5e-3, **COMMON)
 #: The same, at a learning rate that lets the pruned model change.
 FASTER = FINETUNE.model_copy(update={"lr": 3e-4})
-#: Sizes found by weighing measured harms, then the same distillation for longer, and in bf16: CPUs with AMX do
-#: about twice the images a second so, others are slower.
+#: Sizes found by weighing measured harms, then the same distillation for longer, and in bf16: CPUs with AMX did
+#: 1.6 to 1.8 times the images a second so, others are slower.
 SEARCH = vt.MultiDim(
     criterion="output_error",
     dimensions=("neurons", "heads", "qk", "v", "tokens"),

@@ -281,10 +281,11 @@ def why(found: list[dict]) -> list[str]:
     if not {"published", "all dimensions"} <= set(even):
         return []
     return [
-        "What the published space is behind by is the space's more than the search's: cutting everything alike leaves",
+        "The published space begins lower: before any search, cutting everything alike leaves",
         f"{even['published']:.1f} there, and {even['all dimensions']:.1f} where tokens are merged in every block, query/key"
         " and value dims may go,",
-        "and units are ordered by output error.",
+        "and units are ordered by output error. Which of these matters was not measured, nor how far a search over all",
+        "dimensions comes.",
     ]
 
 

@@ -580,7 +580,7 @@ def start(artifact, tmp_path) -> list[object]:
         (["--method", "closed-form", "--keep", "0.6", "--class-map", "m"], "--evaluate"),
         (["--method", "closed-form", "--keep", "0.6", "--input-size", "x"], "--input-size 'x'"),
         (["--method", "token-merge", "--params", "0.6"], "no parameters"),
-        (["--method", "closed-form", "--keep", "0.6", "--reward", "digits"], "does not search"),
+        (["--method", "closed-form", "--keep", "0.6", "--reward", "digits"], "--reward is not"),
     ],
 )
 def test_compress_usage_errors(refused, start, tmp_path, args, named):
@@ -720,16 +720,8 @@ def test_search(run, refused, artifact, tmp_path):
     mapped = [*args, "--trials", 2, "--class-map", journal, "-o", tmp_path / "x"]
     assert "--class-map goes with" in refused(2, *mapped)
     # The method by itself judges on the same images.
-    cut = [
-        "compress",
-        *args[1:],
-        "--method",
-        "multi-dim",
-        "--set",
-        "trials=1",
-        "-o",
-        tmp_path / "cut",
-    ]
+    cut = ["compress", *args[1:], "--method", "multi-dim", "--set", "trials=1"]
+    cut += ["-o", tmp_path / "cut"]
     assert run(*cut, "--reward", "digits:train", "--set", "reward_images=9")[0] == 0
     judged = load(tmp_path / "cut").vitailor.record["facts"]["judged_on"]
     assert (judged["source"], judged["images"]) == ("digits:train", 9)
