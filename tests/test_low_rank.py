@@ -395,7 +395,7 @@ def test_factors_come_back_with_what_is_given_back():
     for i in range(low.depth):
         least = with_size(least, i, "neurons", steps.neurons)
     assert all(block.ranks.fc1 is block.ranks.fc2 is None for block in least.blocks)
-    assert sized(low, {"mlp_dim": [steps.neurons] * low.depth}, fused=False) == least
+    assert sized(low, {"mlp_dim": [steps.neurons] * low.depth}) == least
     assert fill(least, low, "params", low.params, ("neurons",), steps) == low
 
 

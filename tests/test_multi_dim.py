@@ -247,6 +247,23 @@ def test_rewards_and_results_are_compensated_on_calibration_images_alone(monkeyp
     assert not any(torch.equal(x, y) for _, x in seen for y in judged)
 
 
+def test_single_cuts_are_measured_from_the_weights_that_are_cut(monkeypatch):
+    """Not from the model before weights were shared, whose distance every cut would seem to cost."""
+    uncut: list[float] = []
+    measure = candidates.measure
+
+    def listening(simulator, *args):
+        uncut.append(simulator.trial(simulator.dense, 0).harm)
+        return measure(simulator, *args)
+
+    monkeypatch.setattr(candidates, "measure", listening)
+    method = vt.MultiDim(
+        **(SMALL | {"trials": 1}), space="harm", tokens="attention", sharing=TRAINING | {"lr": 0.1}
+    )
+    vt.compress(dense(), method, HALF, data=labeled(), train=labeled())
+    assert uncut == [pytest.approx(0, abs=1e-6)]
+
+
 def test_settings_reach_what_they_are_for(monkeypatch):
     told: list[dict] = []
     score = dependence.score
@@ -321,6 +338,12 @@ def test_batches_are_never_too_small_to_tell(monkeypatch):
     ).trials  # 13 are left: not three batches of 4 and one of 1
 
 
+def test_batches_of_any_number_of_images_are_about_as_large():
+    for images in range(1, 60_000, 7):
+        size = ranking.batch_size(images)
+        assert min(images, 64) <= (images % size or size) <= size <= max(images % 256, 192)
+
+
 def test_half_precision():
     model = build(depth=3, num_heads=4, num_classes=6).bfloat16()
     method = vt.MultiDim(**(SMALL | {"trials": 2}))
@@ -346,9 +369,77 @@ def test_a_model_that_merges_already_goes_on_merging():
     for block, old in zip(shape_of(more).blocks, before, strict=True):
         fewer = block.num_tokens_out < min(block.num_tokens_in, old.num_tokens_out)
         assert block.fuses <= fewer
+    # What was judged is what is built: later blocks go on merging.
+    first = vt.MultiDim(**SMALL | {"token_blocks": (1,), "dimensions": ("tokens",)})
+    result = vt.search(merging, vt.Budget(macs=0.7), data=labeled(), method=first)
+    built = shape_of(result.model)
+    assert (built.macs, built.params) == (result.best["macs"], result.best["params"])
+    assert [block.fuses for block in built.blocks] == [True, False, False]
     weighed = vt.MultiDim(**SMALL, tokens="fuse-dependence")
     with pytest.raises(vt.UsageError, match="fewer tokens in later blocks"):
         vt.compress(merging, weighed, vt.Budget(macs=0.5), data=labeled())
+
+
+def test_where_candidates_were_kept_is_not_recorded(tmp_path):
+    secret = f"sqlite:///{tmp_path / 'secret.db'}"
+    result = found(storage=secret, trials=1)
+    (step,) = result.model.vitailor.steps
+    assert "secret" not in json.dumps(step.settings)
+    assert "secret" not in json.dumps(result.model.vitailor.record["facts"])
+    assert vt.MultiDim(**step.settings).trials == 1
+    with pytest.raises(vt.UsageError, match=r"unknown://\*\*\*@host") as refused:
+        found(storage="unknown://me:pass@word@host/db", trials=1)
+    assert "word" not in str(refused.value)
+
+
+def test_a_model_of_no_fixed_number_of_tokens_is_refused_before_any_work():
+    model = build(depth=3, num_heads=4, num_classes=6, dynamic_img_size=True)
+    told: list[int] = []
+    for method in (vt.MultiDim(**SMALL), vt.ClosedForm()):
+        with pytest.raises(vt.UnsupportedModelError, match="fixed number of tokens"):
+            vt.compress(
+                model,
+                method,
+                HALF,
+                data=labeled(),
+                progress=lambda *_: told.append(0),
+                on_trial=lambda *_: told.append(0),
+            )
+    assert not told
+    widths = vt.MultiDim(dimensions=("neurons", "heads"), trials=2)
+    assert vt.compress(model, widths, vt.Budget(macs=0.7), data=labeled())
+
+
+def test_candidates_are_kept_as_they_come(tmp_path):
+    lines: list[list[dict]] = []
+
+    def look(*_):
+        text = (tmp_path / "trials.jsonl").read_text("utf-8")
+        lines.append([json.loads(line) for line in text.splitlines()])
+
+    result = vt.search(
+        dense(),
+        HALF,
+        data=labeled(),
+        method=vt.MultiDim(**SMALL),
+        folder=tmp_path,
+        on_trial=look,
+    )
+    assert [len(so_far) for so_far in lines] == [1, 2, 3, 4, 5]
+    assert lines[-1] == result.trials
+
+
+def test_what_was_changed_is_named(tmp_path):
+    def run(**settings):
+        method = vt.MultiDim(**(SMALL | {"trials": 1, "training": TRAINING} | settings))
+        more = {"data": labeled(), "train": labeled(), "folder": tmp_path, "resume": True}
+        return vt.compress(dense(), method, HALF, **more)
+
+    run()
+    with pytest.raises(vt.UsageError, match=r"cut\.pt was made with another trials: 1, not 2\."):
+        run(trials=2)
+    with pytest.raises(vt.UsageError, match=r"another redundancy: 0\.1, not 0\.2\."):
+        run(redundancy=0.2)
 
 
 def test_units_go_by_dependence_on_the_predictions():

@@ -248,7 +248,7 @@ def _step(
         source=source or str(known),
         weights_hash=weights_hash(model),
         method=method.name,
-        settings=method.model_dump(mode="json"),
+        settings=method.settings(),
         budget=str(budget),
         seed=seed,
         versions={

@@ -98,20 +98,21 @@ def _fusing(shape: ViTShape, dense: ViTShape, ratios: Sequence[float]) -> ViTSha
     return shape.with_blocks((*blocks, *shape.blocks[len(blocks) :]))
 
 
-def sized(dense: ViTShape, sizes: Mapping[str, Sequence[int]], fused: bool) -> ViTShape:
+def sized(
+    dense: ViTShape, sizes: Mapping[str, Sequence[int]], fuses: Sequence[bool] | None = None
+) -> ViTShape:
     """The shape with these sizes, by field of its blocks; no block has more tokens than arrive or than it had.
 
     Args:
-        fused: whether tokens that go are fused rather than merged.
+        fuses: of each block, whether tokens that go are fused rather than merged; None for what it did.
     """
     blocks, tokens = [], dense.num_tokens
     for i, block in enumerate(dense.blocks):
         own = {name: values[i] for name, values in sizes.items()}
         left = min(own.get("num_tokens_out", block.num_tokens_out), tokens)
-        more = left < min(tokens, block.num_tokens_out)
         own |= {"num_tokens_in": tokens, "num_tokens_out": left}
-        fuses = (block.fuses or (fused and more)) and left < tokens
-        blocks.append(resized(dense.embed_dim, block, {**own, "fuses": fuses}))
+        fused = block.fuses if fuses is None else fuses[i]
+        blocks.append(resized(dense.embed_dim, block, {**own, "fuses": fused and left < tokens}))
         tokens = left
     return dense.with_blocks(tuple(blocks))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ PAUSE, ATTEMPTS = 0.5, 4
 #: Seconds without progress after which the making of a study is finished by another worker.
 PATIENCE = 10.0
 READY = "ready"
+#: Who uses a database, and by which password: not to be shown.
+PASSWORD = re.compile(r"://[^\s/]*@")
 
 
 def open_study(
@@ -60,7 +63,8 @@ def open_study(
         study = patiently(found, Exception)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"The storage {storage} cannot be used: {reason}", "Check it.") from error
+        told = f"The storage {storage} cannot be used: {reason}"
+        raise UsageError(PASSWORD.sub("://***@", told), "Check it.") from error
     known = study.user_attrs
     for key, value in identity.items():
         if known.get(key, value) != value:

@@ -16,7 +16,7 @@ from .budget import Budget
 from .data import ClassMap, Data, ImageSet, open_images
 from .data.timm_datasets import PREFIXES
 from .errors import DataError, UsageError
-from .hosts import shape_of
+from .hosts import host_of, shape_of
 from .methods import Method, OnEvent, OnTrial, Task, stages
 from .methods.base import keeps_all
 from .preprocessing import Preprocessing
@@ -44,6 +44,8 @@ def prepare(
         raise UsageError(f"The seed {seed} is negative.", "Give 0 or more.")
     shape = shape_of(model)
     method.check(shape, budget)
+    if method.cuts_tokens(budget) and not keeps_all(budget, shape):
+        host_of(model).require_static_size(model)
     calibration: ImageSet | None = None
     if data is not None:
         named = isinstance(data, str | os.PathLike)
@@ -137,9 +139,12 @@ def with_reward(
             raise UsageError(
                 f"The method '{method.name}' does not search.", "Leave the reward images out."
             )
+        streamed = str(reward).startswith(PREFIXES)
         images = open_images(
             reward,
             preprocessing,
+            images=method.judges_on if streamed else None,  # all of it may not fit in memory
+            seed=task.seed,
             num_classes=(task.shape.num_classes or None) if method.needs_labels else None,
             class_map=_map_for(reward, class_map, method.needs_labels),
             labels_needed=method.needs_labels,
@@ -177,7 +182,11 @@ def open_test(
         return None
     classes = shape.num_classes or None
     return open_images(
-        evaluate, preprocessing, num_classes=classes, class_map=class_map, labels_needed=True
+        evaluate,
+        preprocessing,
+        num_classes=classes,
+        class_map=_map_for(evaluate, class_map, labels=True),
+        labels_needed=True,
     )
 
 

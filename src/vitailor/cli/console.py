@@ -76,13 +76,15 @@ def progress(what: str) -> Iterator[Progress | None]:
 
 @contextmanager
 def trial_progress() -> Iterator[OnTrial | None]:
-    """The same over the candidates of a search, with the best reward so far."""
+    """The same over the candidates of a search, with the best reward so far; a line for each where stderr is no
+    terminal. Of several processes only the first is told anything."""
     with _bar("searching") as move:
-        yield (
-            None
-            if move is None
-            else lambda done, total, best: move(done, total, f"searching, best {best:.4f}")
-        )
+        if not is_first_process():
+            yield None
+        elif move is None:
+            yield _tell_candidate
+        else:
+            yield lambda done, total, best: move(done, total, f"searching, best {best:.4f}")
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def training_progress() -> Iterator[Telling]:
         yield Telling(silent, silent)
         return
     if not sys.stderr.isatty():
-        yield Telling(_tell_epoch, silent)
+        yield Telling(_tell_epoch, _tell_candidate)
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -166,6 +168,10 @@ def _tell_epoch(stage: str, event: Event) -> None:
     outcome = event.top1 is not None or event.observed
     told = _outcome(event) if outcome else _speed(event)
     print(f"{stage} {_place(event)}  {told}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _tell_candidate(done: int, total: int, best: float) -> None:
+    print(f"candidate {done}/{total}  best {best:.4f}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _place(event: Event) -> str:

@@ -38,6 +38,9 @@ class Host(Protocol):
     def describe(self, model: nn.Module) -> ViTShape:
         """Shape of the model; raises `UnsupportedModelError` naming what cannot be accounted for."""
 
+    def require_static_size(self, model: nn.Module) -> None:
+        """Refuse a model whose number of tokens may change from one image to the next."""
+
     def skeleton(self, shape: ViTShape) -> nn.Module:
         """A model of the given shape on the meta device, without weights."""
 

@@ -151,9 +151,14 @@ class Method(BaseModel):
         return self.trains is not None and self.trains.needs_labels
 
     @property
+    def judges_on(self) -> int:
+        """On how many images of their own candidates of a search are judged; 0 for a method without a search."""
+        return 0
+
+    @property
     def searches(self) -> bool:
         """Whether candidates are judged on images of their own."""
-        return False
+        return self.judges_on > 0
 
     @property
     def resumable(self) -> bool:
@@ -163,6 +168,14 @@ class Method(BaseModel):
     def check(self, shape: ViTShape, budget: Budget) -> None:
         """Refuse what cannot work before any work starts; nothing to refuse by default."""
         return
+
+    def cuts_tokens(self, budget: Budget) -> bool:
+        """Whether blocks may get fewer tokens, which needs a model with a fixed number of them."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """What is recorded of how a model was made."""
+        return self.model_dump(mode="json")
 
     @abstractmethod
     def plan(self, task: Task) -> Plan:

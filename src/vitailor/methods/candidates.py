@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from ..data import ImageSet
 from ..harm import measure
 from ..harm_space import HarmSpace
 from ..policy import Space
+from ..processes import is_first_process
 from ..shape import ViTShape
 from ..simulate import Simulator
 from ..sizes import FIELDS, Dimension, Steps
@@ -21,6 +23,8 @@ from .closed_form import Sorted
 Reward = Literal["divergence", "accuracy"]
 #: Images on which single cuts are measured.
 HARM_IMAGES = 64
+#: Candidates so far, in the folder for checkpoints.
+HISTORY = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ def best(
     rules: Rules,
     space: Space | HarmSpace,
     study: Study,
-) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """The best candidate's sizes by field of the shape's blocks, and what the search saw.
+) -> tuple[dict[str, list[int]], list[bool], dict[str, Any]]:
+    """The best candidate's sizes by field of the shape's blocks, which of them fuse tokens, and what the search saw.
 
     Args:
         judged: images by which candidates are judged.
@@ -83,9 +87,12 @@ def best(
             else -simulator.trial(shape, 0).harm
         )
         sizes = {FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks] for d in rules.dimensions}
-        return value, {"macs": shape.macs, "params": shape.params, "policy": sizes}
+        fuses = [block.fuses for block in shape.blocks]
+        facts = {"macs": shape.macs, "params": shape.params, "policy": sizes, "fuses": fuses}
+        return value, facts
 
     def tell(trial: Finished, so_far: Result) -> None:
+        _keep(task, so_far)
         task.progress(len(so_far.trials), study.trials)
         if task.on_trial is not None:
             task.on_trial(len(so_far.trials), study.trials, so_far.best.reward)
@@ -104,7 +111,8 @@ def best(
         on_trial=tell,
     )
     # Sizes as they were judged: measured harms, if directions are weights on these, differ by machine.
-    return found.best.facts["policy"], {
+    facts = found.best.facts
+    seen = {
         "best": found.best.number,
         "trials": [_told(trial) for trial in found.trials],
         "own_trials": len(found.own),
@@ -115,6 +123,16 @@ def best(
             "list_hash": judged.list_hash,
         },
     }
+    return facts["policy"], facts["fuses"], seen
+
+
+def _keep(task: Task, so_far: Result) -> None:
+    """Candidates as JSON, one a line, beside the checkpoints: every worker's, after each of this one's."""
+    if task.folder is None or not is_first_process():
+        return
+    task.folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(_told(trial)) + "\n" for trial in so_far.trials)
+    (task.folder / HISTORY).write_text(lines, encoding="utf-8")
 
 
 def _told(trial: Finished) -> dict[str, Any]:
@@ -137,7 +155,8 @@ def _simulator(batches: Batches, task: Task, ready: Sorted, rules: Rules, whole:
         rules.dense.matching,
         rules.dense.match_features,
         any_start=not whole,
-        reference=task.model,
+        # Single cuts are told from the model they are made in, whose weights training may have changed.
+        reference=task.model if whole else None,
         weighs_tokens=rules.dense.weighs_tokens,
         remember=not whole,
     )

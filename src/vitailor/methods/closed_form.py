@@ -120,6 +120,9 @@ class ClosedForm(Method):
     def needs_labels(self) -> bool:
         return self.criterion == "taylor" and self.taylor_labels == "given"
 
+    def cuts_tokens(self, budget: Budget) -> bool:
+        return budget.metric != "params" and "tokens" in (self.dimensions or ("tokens",))
+
     def check(self, shape: ViTShape, budget: Budget) -> None:
         dimensions = set(self._dimensions(shape))
         if not dimensions:

@@ -17,6 +17,7 @@ value dims may take part; tokens may be merged instead.
 from __future__ import annotations
 
 import copy
+import json as as_json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -41,7 +42,7 @@ from ..sizes import Dimension, Steps
 from ..studies import Sampler
 from ..surgery import apply
 from ..training import TrainConfig
-from . import candidates, ranking, stages
+from . import candidates, judging, ranking, stages
 from .base import Method, Outcome, Task, keeps_all, with_matching
 from .candidates import Reward, Rules, Study, harm_space
 from .closed_form import MATCH_SHARE, Sorted
@@ -196,8 +197,15 @@ class MultiDim(Method):
         return any(c is not None and c.needs_labels for c in (self.training, self.sharing))
 
     @property
-    def searches(self) -> bool:
-        return True
+    def judges_on(self) -> int:
+        return self.reward_images or judging.IMAGES
+
+    def cuts_tokens(self, budget: Budget) -> bool:
+        return "tokens" in self._allowed(budget.metric)
+
+    def settings(self) -> dict[str, Any]:
+        # Where candidates were kept decides nothing, and may hold the password of a database.
+        return self.model_dump(mode="json", exclude={"storage"})
 
     @property
     def resumable(self) -> bool:
@@ -352,8 +360,8 @@ class MultiDim(Method):
             self.trials,
             self.initial,
         )
-        sizes, seen = candidates.best(task, judged, ready, rules, space, study)
-        return sized(shape, sizes, self._fuses), seen
+        sizes, fuses, seen = candidates.best(task, judged, ready, rules, space, study)
+        return sized(shape, sizes, fuses), seen
 
     # -- what follows from the settings ----------------------------------------------------------
 
@@ -361,18 +369,18 @@ class MultiDim(Method):
         """A name that only the same search has. Rotated weights follow from the model and the images but for
         rounding, which differs by machine."""
         parts = (
-            *self._identity(task, judged, {"trials", "storage", "training"}).values(),
+            as_json.dumps(self._identity(task, judged, {"trials", "storage", "training"})),
             weights_hash(model) if self.sharing is not None else "",
         )
         return sha256("\n".join(parts).encode()).hexdigest()[:24]
 
-    def _identity(self, task: Task, judged: ImageSet, free: set[str]) -> dict[str, str]:
+    def _identity(self, task: Task, judged: ImageSet, free: set[str]) -> dict[str, Any]:
         """What an outcome depends on, but for the free settings. `task.data` are the images to calibrate on."""
         assert task.data is not None
         return {
             "model": weights_hash(task.model),
             "budget": str(task.budget),
-            "settings": self.model_dump_json(exclude=free),
+            "settings": self.model_dump(mode="json", exclude=free),
             "seed": str(task.seed),
             "calibration": fingerprint(task.data),
             "judged": fingerprint(judged),

@@ -62,11 +62,9 @@ def by_dependence(
         bandwidths, estimator, redundancy, relevance: see `dependence`.
     """
     assert task.data is not None
-    # Batches of nearly equal size: a small last one could not tell.
-    count = max(1, len(task.data) // BATCH)
     scores = dependence.score(
         task.model,
-        task.batches(size=-(-len(task.data) // count)),
+        task.batches(size=batch_size(len(task.data))),
         bandwidths=bandwidths,
         estimator=estimator,
         redundancy_weight=redundancy,
@@ -83,6 +81,12 @@ def by_dependence(
             )
         orders.append(new)
     return replace(found, orders=orders)
+
+
+def batch_size(images: int) -> int:
+    """About `BATCH`, such that the last batch, too, has at least half as many: a small one could not tell."""
+    least = -(-images // max(1, images // BATCH))
+    return next(s for s in range(least, images + 1) if not images % s or images % s >= s / 2)
 
 
 def _as_they_are(block: BlockShape, device: torch.device) -> Order:

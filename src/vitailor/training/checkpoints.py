@@ -56,9 +56,9 @@ def load(
     before = state["identity"]
     changed = [key for key, value in identity.items() if before.get(key) != value]
     if changed:
+        what, old, new = _differs(changed[0], before.get(changed[0]), identity[changed[0]])
         raise UsageError(
-            f"{path} was made with another {changed[0]}: {before.get(changed[0])}, "
-            f"not {identity[changed[0]]}.",
+            f"{path} was made with another {what}: {old}, not {new}.",
             "Resume with the same settings, or train into another folder.",
         )
     if state["processes"] != processes:
@@ -67,6 +67,15 @@ def load(
             "Resume with as many processes.",
         )
     return state
+
+
+def _differs(what: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """What differs, and how: of many settings only the first that does."""
+    while isinstance(before, dict) and isinstance(now, dict):
+        known = {*before, *now}
+        what = min(key for key in known if before.get(key) != now.get(key))
+        before, now = before.get(what), now.get(what)
+    return what, before, now
 
 
 def _read(path: Path) -> dict[str, Any]:
