@@ -588,6 +588,14 @@ def test_compress_usage_errors(refused, start, tmp_path, args, named):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_current_folder_is_refused_before_any_work(refused, artifact, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    args = ["compress", artifact, "--method", "closed-form", "--keep", "0.6"]
+    told = refused(1, *args, "--calibrate", "nowhere", "-o", ".")
+    assert "current folder" in told
+
+
 def test_compress_needs_a_place_and_images(refused, artifact, tmp_path):
     args = ["compress", artifact, "--method", "closed-form", "--keep", "0.6"]
     assert "-o" in refused(2, *args, "--calibrate", "digits")

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import vitailor as vt
 from conftest import build, images
 from test_allocate import bigger
+from vitailor.benchmarking import bench
 from vitailor.budget import cost
 from vitailor.compression import plan_only
 from vitailor.errors import BudgetError, DataError, UnsupportedModelError, UsageError
@@ -170,6 +172,43 @@ def test_parameters(key, limit):
     small = small_of(key, vt.Budget(params=limit), model)
     allowed = limit if isinstance(limit, int) else limit * shape_of(model).params
     assert 0.9 * allowed < sum(p.numel() for p in small.parameters()) <= allowed
+    assert not shape_of(small).merges_tokens  # which have no parameters
+
+
+@pytest.mark.parametrize("budget", [vt.Budget(latency=1.0), vt.Budget(latency_ms=10**6)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ClosedForm(harm_images=8, tune_images=0),
+        METHODS["magnitude"],
+        TokenMerge(),
+        vt.LowRank(),
+        vt.Hybrid(),
+        vt.Hybrid(form="factors"),
+    ],
+    ids=str,
+)
+def test_what_is_fast_enough_stays_as_it_is(method, budget):
+    model = make()
+    small = vt.compress(model, method, budget, data=data(model))
+    x = images(model, 3)
+    assert shape_of(small) == shape_of(model)
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+    assert small.vitailor.steps[0].plan == Plan.identity(shape_of(model))
+
+
+def test_latencies_are_of_the_model_s_precision(monkeypatch):
+    told: list[str] = []
+
+    def listening(models: Any, *, dtype: str, **more: Any) -> Any:
+        told.append(dtype)
+        return bench(models, dtype=dtype, **more)
+
+    monkeypatch.setattr("vitailor.tasks.bench", listening)
+    for dtype in (torch.bfloat16, torch.float64):
+        vt.compress(make().to(dtype), TokenMerge(), vt.Budget(latency_ms=10**6))
+    assert set(told[: len(told) // 2]) == {"bfloat16"}
+    assert set(told[len(told) // 2 :]) == {"float32"}  # the nearest that is timed
 
 
 def test_smaller_budgets_give_smaller_models():
@@ -293,6 +332,24 @@ def test_refinement_is_recorded():
     assert facts["harm_evaluations"] > 0
 
 
+def test_a_frozen_model_is_refined_and_stays_frozen():
+    model = make().requires_grad_(False)
+    small = small_of("refined", vt.Budget(macs=0.7), model)
+    assert small.vitailor.record["facts"]["refine"]["last_loss"] > 0
+    assert not any(p.requires_grad for p in (*small.parameters(), *model.parameters()))
+
+
+def test_a_head_in_another_s_place_is_what_counts(tmp_path):
+    model = make()
+    model.head = nn.Linear(model.embed_dim, 3)
+    assert shape_of(model).num_classes == 3
+    small = vt.compress(model, TokenMerge(), vt.Budget(macs=0.8))
+    vt.save(small, tmp_path / "out")
+    x = images(model)
+    assert torch.equal(vt.load(tmp_path / "out")(x), small(x))
+    assert small(x).shape == (2, 3)
+
+
 # -- what a compressed model can go on to do -----------------------------------------------------
 
 
@@ -413,6 +470,16 @@ def refused(error: type[Exception], match: str, **arguments: Any) -> None:
     method, budget = given.pop("method"), given.pop("budget")
     with pytest.raises(error, match=match):
         vt.compress(model, method, budget, **given)
+
+
+def test_an_image_that_cannot_be_read_loses_nothing(tmp_path):
+    for i in range(4):
+        (tmp_path / f"c{i}").mkdir()
+        Image.new("RGB", (24, 24), (50 * i, 90, 10)).save(tmp_path / f"c{i}" / "a.png")
+    (tmp_path / "c3" / "b.png").write_bytes(b"no image")
+    classes = tmp_path / "map"
+    classes.write_text("c0\nc1\nc2\nc3\nc4")
+    refused(DataError, "b.png", evaluate=tmp_path, class_map=classes)
 
 
 def test_refusals_come_before_any_work(tmp_path):

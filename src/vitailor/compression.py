@@ -87,7 +87,6 @@ def compress(
     Raises:
         UsageError, UnsupportedModelError, BudgetError, DataError: before any work starts.
     """
-    started = perf_counter()
     preprocessing = preprocessing or resolve_preprocessing(model)
     task = prepare(
         model, method, budget, data, images, class_map, device, seed, preprocessing, progress
@@ -100,7 +99,12 @@ def compress(
             "The accuracy given is not on the images to evaluate on.", "Leave before= out."
         )
     require_unseen(test, task, method)
+    if test is not None and before is None:
+        # First of all, so that an image that cannot be read loses nothing.
+        with _undisturbed(seed):
+            before = measure_accuracy(task.model, test)
     begin_anew(task)
+    started = perf_counter()
     with _undisturbed(seed):
         outcome = method.run(task)
         small = outcome.model.eval()
@@ -108,7 +112,7 @@ def compress(
             _check_budget(budget, task.shape, shape_of(small))
         seconds = perf_counter() - started
         latency = _latencies(task, small) if outcome.whole else {}
-        accuracy = _accuracies(task.model, small, test, before)
+        accuracy = _accuracies(small, test, before)
     small = small.to(next(model.parameters()).device)
     step = _step(model, method, budget, outcome.plan, seed, source)
     earlier = provenance_of(model)
@@ -207,12 +211,9 @@ def _latencies(task: Task, small: nn.Module) -> dict[str, Any]:
     return {"latency_ms": {"before": before, "after": after}}
 
 
-def _accuracies(
-    dense: nn.Module, small: nn.Module, test: ImageSet | None, before: Accuracy | None
-) -> dict[str, Any]:
-    if test is None:
+def _accuracies(small: nn.Module, test: ImageSet | None, before: Accuracy | None) -> dict[str, Any]:
+    if test is None or before is None:
         return {}
-    before = before or measure_accuracy(dense, test)
     after = measure_accuracy(small, test)
     _, low, high = paired_difference(after, before)
     return {

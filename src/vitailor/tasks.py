@@ -207,5 +207,7 @@ def require_unseen(test: ImageSet | None, task: Task, method: Method) -> None:
 
 def _stopwatch(models: list[nn.Module], device: torch.device) -> list[float]:
     named = [(str(i), model) for i, model in enumerate(models)]
-    rows = bench(named, batch_sizes=(1,), device=device, runs=20, warmup=3).models
+    dtype = next(models[0].parameters()).dtype
+    precision = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
+    rows = bench(named, batch_sizes=(1,), dtype=precision, device=device, runs=20, warmup=3).models
     return [row.latency_ms.median for row in rows]

@@ -80,16 +80,25 @@ def cannot_write(path: Path, error: OSError) -> ArtifactError:
 def _require_replaceable(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file, not a folder.", "Choose another path.")
-    here = Path.cwd()
-    if target in (here, *here.parents):
-        raise ArtifactError(
-            f"{target} is the current folder or holds it, so it cannot be replaced.",
-            "Name a subfolder.",
-        )
+    require_elsewhere(target)
     if not overwrite and target.exists() and any(target.iterdir()):
         raise ArtifactError(
             f"{target} exists and is not empty.",
             "Choose another path or overwrite it (--overwrite).",
+        )
+
+
+def require_elsewhere(target: Path) -> None:
+    """Refuse a folder that cannot be exchanged for another.
+
+    Raises:
+        ArtifactError: when it is the current folder or holds it.
+    """
+    here = Path.cwd()
+    if target.expanduser().resolve() in (here, *here.parents):
+        raise ArtifactError(
+            f"{target} is the current folder or holds it, so it cannot be replaced.",
+            "Name a subfolder.",
         )
 
 

@@ -57,7 +57,13 @@ def check_folder(path: Path, overwrite: bool) -> None:
         what = "a file" if path.is_file() else "not empty"
         mend = "" if path.is_file() else ", or replace what is there with --overwrite"
         raise ArtifactError(f"{path} is {what}.", f"Choose another folder with -o{mend}.")
+    from ..artifact.folders import require_elsewhere
+
+    require_elsewhere(path)
     _check_writable(path)
+    _check_writable(
+        path.absolute().parent
+    )  # a new folder is made beside the old one, and exchanged for it
 
 
 #: Where training keeps its checkpoints inside an output folder.

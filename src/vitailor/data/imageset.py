@@ -231,7 +231,7 @@ class Memory:
         if bounded and self.bytes > MAX_BYTES_IN_MEMORY:
             raise DataError(
                 f"The images take more than {MAX_BYTES_IN_MEMORY / 2**30:g} GiB of memory.",
-                "Give an image folder or a Dataset, or draw fewer with --images.",
+                "Give an image folder or a Dataset, or fewer images.",
             )
 
     def image_set(self, source: str, names: Sequence[str]) -> ImageSet:

@@ -82,7 +82,7 @@ class BlockHost(ABC):
             embed_dim=host.embed_dim,
             num_prefix_tokens=host.num_prefix_tokens,
             num_tokens=self.num_tokens(model),
-            num_classes=host.num_classes,
+            num_classes=_num_classes(host),
             outer_params=outer,
             outer_macs=outer_macs,
             block_params=_fixed_params(head),
@@ -311,6 +311,11 @@ def _attention_sizes(b: BlockShape) -> tuple[Any, ...]:
 
 def _mlp_sizes(b: BlockShape) -> tuple[Any, ...]:
     return (b.mlp_dim, b.mlp_features, b.ranks.fc1, b.ranks.fc2)
+
+
+def _num_classes(host: Any) -> int:
+    """What the head tells, which may have been put in another's place."""
+    return host.head.out_features if isinstance(host.head, nn.Linear) else 0
 
 
 def _fixed_params(block: Any) -> int:

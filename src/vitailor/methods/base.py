@@ -209,8 +209,8 @@ def within(
 ) -> ViTShape:
     """The sizes that an allocator finds for a budget of any kind.
 
-    A latency budget is met by bisecting over MACs, measuring each candidate on the device at hand
-    beside the dense model.
+    A latency budget that the dense model meets leaves it as it is. Any other is met by bisecting over MACs,
+    measuring each candidate on the device at hand beside the dense model.
 
     Args:
         allocate: (metric, limit) -> shape.
@@ -221,6 +221,12 @@ def within(
     """
     if budget.metric in ("macs", "params"):
         return allocate(budget.metric, budget.limit(dense))
+    if budget.metric == "latency_ms":
+        meets = milliseconds([dense])[0] <= budget.value
+    else:
+        meets = budget.value >= 1
+    if meets:
+        return dense
     best: ViTShape | None = None
     full: float | None = None
     low, high = 0.02, 1.0

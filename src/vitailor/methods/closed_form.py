@@ -121,23 +121,24 @@ class ClosedForm(Method):
         return self.criterion == "taylor" and self.taylor_labels == "given"
 
     def cuts_tokens(self, budget: Budget) -> bool:
-        return budget.metric != "params" and "tokens" in (self.dimensions or ("tokens",))
+        return budget.metric != "params" and (
+            self.dimensions is None or "tokens" in self.dimensions
+        )
 
     def check(self, shape: ViTShape, budget: Budget) -> None:
-        dimensions = set(self._dimensions(shape))
-        if not dimensions:
-            raise UsageError(
-                "The model normalises queries and keys, so their dims cannot be cut.",
-                "Allow other dimensions.",
-            )
-        if budget.metric == "params" and dimensions == {"tokens"}:
+        if budget.metric == "params" and set(self.dimensions or ()) == {"tokens"}:
             raise UsageError(
                 "Merging tokens removes no parameters.",
                 "Allow other dimensions, or give a budget in MACs.",
             )
+        if not self._dimensions(shape, budget):
+            raise UsageError(
+                "The model normalises queries and keys, so their dims cannot be cut.",
+                "Allow other dimensions.",
+            )
         if budget.metric in ("macs", "params"):
             limit, shape = budget.limit(shape), self._merging(shape)
-            sizes = (self._dimensions(shape), Steps.for_shape(shape))
+            sizes = (self._dimensions(shape, budget), Steps.for_shape(shape))
             if self.allocation == "uniform":
                 allocate_uniform(shape, budget.metric, limit, *sizes)
             else:
@@ -153,6 +154,8 @@ class ClosedForm(Method):
             return Outcome(copy.deepcopy(task.model), Plan.identity(task.shape))
         stages = 4 + bool(self.refine)
         ready = self.prepare(task)
+        if ready.plan == Plan.identity(task.shape):  # fast enough as it is
+            return Outcome(copy.deepcopy(task.model), ready.plan, dict(ready.facts))
         task.progress(3, stages)
         if self.compensation:
             small = cut(ready.model, ready.plan, task.batches(), self.ridge, task.model)
@@ -187,7 +190,13 @@ class ClosedForm(Method):
         if dtype != torch.float32:  # in which weights are trained
             small.float()
             teacher = copy.deepcopy(task.model).float()
+        # Models are often frozen for inference, and this one comes from such a model.
+        frozen = not any(p.requires_grad for p in small.parameters())
+        if frozen:
+            small.requires_grad_(True)
         losses = fit(small, config, task.data, teacher=teacher, device=task.device).losses
+        if frozen:
+            small.requires_grad_(False)
         small.to(dtype)
         return {"epochs": self.refine, "first_loss": losses[0], "last_loss": losses[-1]}
 
@@ -222,14 +231,16 @@ class ClosedForm(Method):
         compared = max(1, shape.embed_dim // MATCH_SHARE) if self._needs_moments else None
         return with_matching(shape, self.matching, compared)
 
-    def _dimensions(self, shape: ViTShape) -> tuple[Dimension, ...]:
+    def _dimensions(self, shape: ViTShape, budget: Budget) -> tuple[Dimension, ...]:
         wanted: tuple[Dimension, ...] = self.dimensions or (
             ("tokens", "qk", "v", "neurons", "heads")
             if self.allocation == "marginal"
             else ("tokens", "qk", "v", "neurons")
         )
-        # Normalised queries and keys keep their dims: a cut would change what is normalised.
-        return tuple(d for d in wanted if not (d == "qk" and shape.qk_norm))
+        # Normalised queries and keys keep their dims: a cut would change what is normalised. Tokens have no parameters.
+        fixed = {"qk"} if shape.qk_norm else set()
+        fixed |= {"tokens"} if budget.metric == "params" else set()
+        return tuple(d for d in wanted if d not in fixed)
 
     def _orders(self, task: Task, model: nn.Module, moments: list[BlockMoments]) -> list[Order]:
         host = host_of(model)
@@ -260,7 +271,7 @@ class ClosedForm(Method):
         shape: ViTShape,
         ready: Sorted,
     ) -> tuple[ViTShape, dict[str, Any]]:
-        dimensions, steps = self._dimensions(shape), Steps.for_shape(shape)
+        dimensions, steps = self._dimensions(shape, task.budget), Steps.for_shape(shape)
         facts: dict[str, Any] = {}
 
         def simulator(images: int, any_start: bool) -> Simulator:

@@ -48,6 +48,8 @@ class TokenMerge(Method):
         steps = Steps.for_shape(dense)
 
         def plan_of(shape: ViTShape) -> Plan:
+            if shape == dense:
+                return Plan.identity(task.shape)
             counts = [
                 b.num_tokens_out if b.num_tokens_out < b.num_tokens_in else None
                 for b in shape.blocks
