@@ -55,11 +55,20 @@ SEARCH = vt.MultiDim(
 #: The same at half the learning rate: of 5e-5, 2.5e-5 and 2e-4 the one after which, in 80 updates, the outputs on
 #: ImageNet photographs were closest to the dense model's.
 SLOWER = SEARCH.model_copy(update={"training": FEATURES.model_copy(update=LONGER | {"lr": 2.5e-5})})
+#: Labels and the dense model's outputs alike, as the paper's loss is, for two epochs.
+LABELED = SEARCH.model_copy(
+    update={
+        "training": DISTIL.model_copy(
+            update={"epochs": 2, "precision": "bf16", "alpha": 0.5, "lr": 2.5e-5, "ema": 0.99}
+        )
+    }
+)
 SPARSE: dict[str, Any] = {"sparse_epochs": 2, "sparse_lr": FINETUNE.lr}
 SEARCHED = {
     "multi-dim at 0.6, features distilled": (0.6, SEARCH),
     "multi-dim at 0.5, features distilled": (0.5, SEARCH),
     "multi-dim at 0.6, half the learning rate": (0.6, SLOWER),
+    "multi-dim at 0.6, labels and outputs": (0.6, LABELED),
 }
 METHODS: dict[str, vt.VTP] = {
     "VTP, gates on inputs": vt.VTP(**SPARSE, training=FINETUNE),

@@ -67,7 +67,8 @@ def dimensions_of(method: Method, model: nn.Module) -> tuple[str, ...]:
     shape = shape_of(model)
     if isinstance(method, vt.MultiDim):
         return method.dimensions
-    return method._dimensions(shape) if isinstance(method, ClosedForm) else ("tokens",)
+    budget = vt.Budget(macs=0.7)
+    return method._dimensions(shape, budget) if isinstance(method, ClosedForm) else ("tokens",)
 
 
 # -- promises of every method --------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_a_plain_smaller_model_within_the_budget(key, tmp_path):
     (step,) = known.steps
     assert (step.source, step.method, step.seed) == ("mine", METHODS[key].name, 3)
     assert step.budget == "macs 0.7"
-    assert step.settings == METHODS[key].model_dump(mode="json")
+    assert step.settings == METHODS[key].settings()
     assert set(step.versions) == {"vitailor", "torch", "timm", "python"}
     assert step.plan.result(before) == after
     record = known.record

@@ -76,8 +76,8 @@ def test_normalised_queries_and_keys_are_never_cut(method):
         with pytest.raises(UsageError, match="normalises"):
             method.check(normed, Budget(macs=0.9))
     else:
-        assert "qk" not in method._dimensions(normed)
-        assert "qk" in method._dimensions(DENSE)
+        assert "qk" not in method._dimensions(normed, Budget(macs=0.9))
+        assert "qk" in method._dimensions(DENSE, Budget(macs=0.9))
 
 
 @pytest.mark.parametrize(
