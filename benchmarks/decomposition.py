@@ -30,9 +30,10 @@ from vitailor.calibrate import dense_sweep
 from vitailor.data import ImageSet, loader, open_images
 from vitailor.decompose import Decomposition
 from vitailor.evaluation import paired_difference
+from vitailor.factors import Inputs, weight_of
 from vitailor.hosts import host_of, shape_of
 from vitailor.methods import ClosedForm, Hybrid, LowRank, Method
-from vitailor.methods.low_rank import Inputs, inputs_of, weight_of
+from vitailor.methods.low_rank import inputs_of
 from vitailor.models import open_model
 from vitailor.plan import BlockPlan, Plan
 from vitailor.preprocessing import resolve_preprocessing

@@ -20,10 +20,11 @@ from vitailor.budget import cost
 from vitailor.criteria import magnitude
 from vitailor.decompose import Decomposition, decompose
 from vitailor.errors import BudgetError, UsageError
+from vitailor.factors import weight_of
 from vitailor.hosts import host_of, shape_of
 from vitailor.methods import VTP, ClosedForm, Hybrid, LowRank, MultiDim
 from vitailor.methods.base import Task
-from vitailor.methods.low_rank import Projection, weight_of
+from vitailor.methods.low_rank import Projection
 from vitailor.orders import plan_for
 from vitailor.plan import BlockPlan, Plan
 from vitailor.policy import sized

@@ -16,10 +16,12 @@ from vitailor.data import loader, open_images, resolve_preprocessing
 from vitailor.hosts import shape_of
 from vitailor.methods import candidates, multi_dim, ranking, weight_sharing
 from vitailor.methods.multi_dim import JOURNAL
+from vitailor.policy import sized, sizes_of
 from vitailor.provenance import weights_hash
 from vitailor.simulate import divergence
 
 HALF = vt.Budget(macs=0.6)
+DIMENSIONS = ("neurons", "heads", "tokens")
 SMALL = {"token_blocks": (2,), "trials": 5}
 TRAINING = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 1}
 
@@ -54,6 +56,8 @@ def found(folder=None, *, data=None, budget=HALF, **settings):
         {"tokens": "fuse-dependence", "criterion": "output_error"},
         {"space": "harm", "tokens": "ward", "dimensions": ("neurons", "heads", "v", "tokens")},
         {"sampler": "random", "bandwidths": "median", "estimator": "unbiased"},
+        {"dimensions": ("neurons", "ranks", "tokens"), "sampler": "random"},
+        {"dimensions": ("heads", "ranks"), "compensation": False, "round_to": 1},
     ],
 )
 def test_every_candidate_and_the_result_are_on_the_budget(settings):
@@ -64,8 +68,7 @@ def test_every_candidate_and_the_result_are_on_the_budget(settings):
     assert result.best["reward"] == max(trial["reward"] for trial in result.trials)
     shape = shape_of(result.model)
     assert shape.macs == result.best["macs"]
-    for name, sizes in result.best["policy"].items():
-        assert [getattr(block, name) for block in shape.blocks] == sizes
+    assert sizes_of(shape, settings.get("dimensions", DIMENSIONS)) == result.best["policy"]
     fused = [block.fuses for block in shape.blocks]
     fusing = settings.get("tokens", "fuse").startswith("fuse")
     assert any(fused) == (fusing and shape.merges_tokens)
@@ -378,6 +381,43 @@ def test_a_model_that_merges_already_goes_on_merging():
     weighed = vt.MultiDim(**SMALL, tokens="fuse-dependence")
     with pytest.raises(vt.UsageError, match="fewer tokens in later blocks"):
         vt.compress(merging, weighed, vt.Budget(macs=0.5), data=labeled())
+
+
+@pytest.mark.parametrize("compensation", [True, False])
+@pytest.mark.parametrize("budget", [vt.Budget(macs=0.75), vt.Budget(params=0.75)])
+def test_ranks_of_the_mlp_are_searched_and_load_again(budget, compensation, tmp_path):
+    settings = {"dimensions": ("neurons", "ranks"), "compensation": compensation, "initial": 0}
+    result = found(budget=budget, **settings)
+    shape, own = shape_of(result.model), shape_of(dense())
+    # The first candidate cuts everything alike.
+    first = sized(own, result.trials[0]["policy"])
+    assert all(
+        b.ranks.fc1 and b.ranks.fc2 and b.mlp_dim < own.blocks[0].mlp_dim for b in first.blocks
+    )
+    x = torch.stack([x for x, _ in labeled()[:4]])
+    vt.save(result.model, tmp_path / "small")
+    again = vt.load(tmp_path / "small")
+    assert shape_of(again).blocks == shape.blocks
+    with torch.inference_mode():
+        assert torch.equal(again(x), result.model(x))
+    # A model with factors is cut further by what it has.
+    vt.compress(result.model, vt.MultiDim(**SMALL), vt.Budget(macs=0.6), data=labeled())
+
+
+def test_ranks_are_refused_where_nothing_is_known_of_them():
+    low = vt.compress(
+        dense(), vt.LowRank(projections=("fc1",)), vt.Budget(params=0.9), data=labeled()
+    )
+    ranks = ("neurons", "ranks")
+    cases = [
+        (low, {}, "low-rank projections already"),
+        (dense(), {"space": "harm"}, "harm of lower ranks is not measured"),
+        (dense(), {"sharing": TRAINING}, "cannot be shared over ranks"),
+    ]
+    for model, settings, why in cases:
+        method = vt.MultiDim(**SMALL, dimensions=ranks, **settings)
+        with pytest.raises(vt.UsageError, match=why):
+            vt.compress(model, method, vt.Budget(params=0.7), data=labeled(), train=labeled())
 
 
 def test_where_candidates_were_kept_is_not_recorded(tmp_path):

@@ -11,11 +11,13 @@ from conftest import build
 from vitailor.budget import cost
 from vitailor.errors import BudgetError, UsageError
 from vitailor.hosts import shape_of
-from vitailor.policy import TOKEN_BLOCKS, Policy, Space, token_blocks
-from vitailor.shape import ViTShape
-from vitailor.sizes import Steps
+from vitailor.plan import BlockPlan, Plan
+from vitailor.policy import TOKEN_BLOCKS, Policy, Space, sized, sizes_of, token_blocks
+from vitailor.shape import DENSE, Ranks, ViTShape
+from vitailor.sizes import FACTORED, SAVED, Steps, break_even, with_rank
+from vitailor.surgery import apply, hollow
 
-ONES = Steps(tokens=1, qk=1, v=1, neurons=1, heads=1)
+ONES = Steps(tokens=1, qk=1, v=1, neurons=1, heads=1, ranks=1)
 #: Ratios that the paper's authors released for DeiT-S at 40% of its MACs.
 NEURONS = (
     0.12237108874196195, 0.0016794058589378435, 0.012005382829619993, 0.4906234312878825,
@@ -71,16 +73,17 @@ def direction(space: Space, values: list[float]) -> dict[str, float]:
 
 
 @given(
-    st.lists(st.floats(0, 1), min_size=25, max_size=25),
+    st.lists(st.floats(0, 1), min_size=15, max_size=15),
     st.sampled_from(["macs", "params"]),
     st.floats(0.35, 0.98),
     st.sampled_from([1, 2, None]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_every_direction_lands_on_the_budget(values, metric, keep, stages, nearest, fused):
+def test_every_direction_lands_on_the_budget(values, metric, keep, stages, nearest, fused, ranks):
     dense = shape_of(build(depth=4, num_heads=4))
-    dimensions = ("neurons", "heads", "tokens") if metric == "macs" else ("neurons", "heads")
+    dimensions = ("neurons", "heads", *("ranks",) * ranks, *("tokens",) * (metric == "macs"))
     rounding = {"nearest": nearest, "fused": fused}
     space = Space(dense, dimensions, stages, token_blocks=(2, 3), steps=ONES, **rounding)
     limit = int(keep * cost(dense, metric))
@@ -93,6 +96,70 @@ def test_every_direction_lands_on_the_budget(values, metric, keep, stages, neare
             more = block.model_copy(update={"mlp_dim": block.mlp_dim + 1})
             blocks = (*shape.blocks[:i], more, *shape.blocks[i + 1 :])
             assert cost(shape.with_blocks(blocks), metric) > limit
+    # Factors save something everywhere, and no more rank fits.
+    for i, block in enumerate(shape.blocks):
+        chosen = [(rank, name) for name, rank in block.ranks if rank is not None]
+        assert bool(chosen) <= ranks
+        for rank, name in chosen:
+            even = break_even(shape, block, name)
+            assert rank < even
+            more = rank + 1 if rank + 1 <= (1 - SAVED) * even else None
+            if rank == min(chosen)[0]:
+                assert cost(with_rank(shape, i, name, more), metric) > limit
+    found = sized(dense, sizes_of(shape, dimensions), [block.fuses for block in shape.blocks])
+    assert found == shape
+
+
+@given(st.floats(0, 0.95), st.floats(0, 0.95), st.integers(1, 5), st.booleans())
+def test_ranks_cost_what_their_ratio_leaves(neurons, ratio, step, nearest):
+    dense = shape_of(build())
+    steps = Steps(neurons=1, ranks=step)
+    policy = Policy(neurons=(neurons, 0.0), ranks=(ratio, 0.0))
+    wide = Policy(neurons=policy.neurons).apply(dense, steps, nearest=nearest)
+    shape = policy.apply(dense, steps, nearest=nearest)
+    before, block = wide.blocks[0], shape.blocks[0]
+    assert block.model_copy(update={"ranks": DENSE}) == before
+    assert shape.blocks[1] == dense.blocks[1]
+    for name in FACTORED:
+        rank, (fan_in, fan_out) = getattr(block.ranks, name), shape.linears_of(block)[name]
+        if ratio < SAVED:
+            assert rank is None
+        if rank is None:
+            continue
+        even = fan_in * fan_out / (fan_in + fan_out)
+        assert rank % step == 0
+        assert abs(rank - (1 - ratio) * even) <= (step / 2 if nearest else step) or rank == step
+        assert rank * (fan_in + fan_out) < fan_in * fan_out
+    assert shape.block_macs(0) <= wide.block_macs(0)
+    # What is counted is what is there.
+    small = hollow(build(), shape)
+    assert shape_of(small) == shape
+    assert sum(p.numel() for p in small.parameters()) == shape.params
+
+
+def test_a_map_that_is_hardly_cheaper_in_two_stays_one():
+    """The rank of 80% of the cost, and one layer beyond, also where a step of rank is given back."""
+    dense = shape_of(build())
+    assert break_even(dense, dense.blocks[0], "fc1") == pytest.approx(12.8)
+    found = [Policy(ranks=(r, r)).apply(dense, ONES).blocks[0].ranks for r in (0.19, 0.21, 0.5)]
+    assert found == [DENSE, Ranks(fc1=10, fc2=10), Ranks(fc1=6, fc2=6)]
+    space = Space(dense, ("ranks",), stages=1, steps=ONES)
+    tight = space.on_budget({"ranks 1-2": 1.0}, "params", dense.params - 300)
+    ranks = [rank for block in tight.blocks for _, rank in block.ranks if rank is not None]
+    # Two maps at rank 10 save 448 of 2,048 weights; the others are whole again.
+    assert ranks == [10, 10]
+    assert space.names == ("ranks 1-2",)
+    # What three steps cost goes to one map after the other.
+    five = Policy(ranks=(0.6, 0.6)).apply(dense, ONES)
+    assert {block.ranks for block in five.blocks} == {Ranks(fc1=5, fc2=5)}
+    more = space.on_budget({"ranks 1-2": 1.0}, "params", five.params + 3 * 80)
+    assert [b.ranks for b in more.blocks] == [Ranks(fc1=7, fc2=6), Ranks(fc1=5, fc2=5)]
+
+
+def test_ranks_are_not_chosen_for_a_model_that_has_some():
+    low = apply(build(), Plan(blocks=(BlockPlan(ranks=Ranks(out=3)), BlockPlan())))
+    with pytest.raises(UsageError, match="low-rank projections already"):
+        Policy(ranks=(0.5, 0.5)).apply(shape_of(low), ONES)
 
 
 def test_rounded_to_the_nearest_a_small_ratio_takes_no_head():
@@ -129,8 +196,9 @@ def test_directions_are_free_and_scale_is_not():
     ratios = apart.policy(steep, 0.6).tokens
     assert [ratios[i] for i in (3, 6, 9)] == pytest.approx([0.3, 0.6, 0.3])
     assert sum(ratios) == pytest.approx(1.2)
-    more = Space(dense, ("neurons", "heads", "qk", "v", "tokens"), stages=1)
-    assert [p.dimension for p in more.parameters] == ["neurons", "heads", "qk", "v", "tokens"]
+    more = Space(dense, ("ranks", "neurons", "heads", "qk", "v", "tokens"), stages=1)
+    every = ["neurons", "heads", "qk", "v", "ranks", "tokens"]
+    assert [p.dimension for p in more.parameters] == every
 
 
 def test_what_cannot_be_is_refused():

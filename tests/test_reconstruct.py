@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import build, images
+from conftest import build, images, layer_scaled
 from plans import subsets
 from vitailor import tokens
 from vitailor.calibrate import BlockMoments, Moments, dense_sweep
+from vitailor.decompose import decompose
 from vitailor.hosts import host_of, shape_of
 from vitailor.plan import BlockPlan, Plan
 from vitailor.reconstruct import (
@@ -24,6 +25,7 @@ from vitailor.reconstruct import (
     match_mean_outputs,
     sequential_sweep,
 )
+from vitailor.shape import Ranks
 from vitailor.surgery import apply, select
 
 TINY_RIDGE = 1e-12
@@ -232,6 +234,77 @@ def test_merged_tokens_count_as_often_as_their_members():
     expected = compensate_fc2(dense, HALF, hidden, 1e-3)
     torch.testing.assert_close(found["fc2.weight"], expected["fc2.weight"])
     torch.testing.assert_close(found["fc2.bias"], expected["fc2.bias"])
+
+
+#: The same neurons, and both maps of the MLP factored.
+LOW = BlockPlan(neurons=HALF.neurons, ranks=Ranks(fc1=5, fc2=6))
+
+
+@pytest.mark.parametrize("merging", [None, MERGING])
+@torch.no_grad()
+def test_maps_that_are_of_low_rank_are_factored_without_loss(merging):
+    model = make()
+    for block in model.blocks:
+        block.mlp.fc1.weight.copy_(draw(NEURONS, 5) @ draw(5, 16, seed=1) / 4)
+        block.mlp.fc2.weight.copy_(draw(16, 6, seed=2) @ draw(6, NEURONS, seed=3) / 8)
+    plan = plan_of(merging, BlockPlan(ranks=LOW.ranks))
+    small = apply(model, plan)
+    sequential_sweep(model, small, plan, images(model, 12).split(5), 1e-3)
+    assert [b.ranks for b in shape_of(small).blocks] == [LOW.ranks] * 2
+    x = images(model, 3, seed=7)
+    expected = apply(model, plan_of(merging, BlockPlan()))(x)
+    assert (small(x) - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("merged", [None, 4])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("ranks", [Ranks(fc1=5), Ranks(fc2=6), LOW.ranks])
+@torch.no_grad()
+def test_what_a_factored_mlp_loses_cannot_be_told_from_its_hidden_activations(
+    ranks, biases, merged
+):
+    """The normal equations, on the tokens that a block gets, as often as they have members."""
+    model = make(depth=1, **({} if biases else NO_BIAS))
+    cut = LOW.model_copy(update={"ranks": ranks, "num_tokens_out": merged})
+    plan = Plan(blocks=(cut,), matching="ward")
+    small, x = apply(model, plan), images(model, 16)
+    sequential_sweep(model, small, plan, [x], TINY_RIDGE)
+    host = host_of(small)
+    block, original = host.block(small, 0), model.blocks[0]
+    state = tokens.start(host.embed(small, x))
+    state = block.attend_and_merge(state, merged or 10, 1, "ward", True)
+    size = (torch.ones(16, 10) if state.size is None else state.size).double().flatten()
+    read = original.norm2(state.x)
+    hidden = block.mlp.act(block.mlp.fc1(read)).flatten(0, 1)
+    lost = (original.mlp(read) - block.mlp(read)).flatten(0, 1)
+    assert lost.abs().max() > 0.1
+    scale = float(original.mlp(read).abs().max())
+    if biases:
+        assert (size @ lost).abs().max() <= 1e-9 * scale * len(size)
+    if ranks.fc2 is None:
+        assert (hidden.T @ (size[:, None] * lost)).abs().max() <= 1e-7 * scale * len(size)
+        return
+    # The factors of fc2 are those of the best map on the same activations.
+    whole = Plan(blocks=(cut.model_copy(update={"ranks": Ranks(fc1=ranks.fc1)}),), matching="ward")
+    best = apply(model, whole)
+    sequential_sweep(model, best, whole, [x], TINY_RIDGE)
+    seen = Moments.zero(hidden.shape[1], hidden)
+    seen.add(hidden, size)
+    second = seen.covariance if biases else seen.second / seen.count
+    product = decompose(tensors_of(best)["fc2.weight"], ranks.fc2, moments=second).product
+    torch.testing.assert_close(tensors_of(small)["fc2.weight"], product, rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_of_factors_count_as_layer_scale_weighs_them():
+    """The same function, with layer scale or without, is the same when it is cut."""
+    plan = Plan(blocks=(BlockPlan(neurons=tuple(range(0, 64, 2)), ranks=LOW.ranks),) * 2)
+    outputs, x = [], images(build(), 8).double()
+    for model in (m.double() for m in layer_scaled()):
+        small = apply(model, plan)
+        sequential_sweep(model, small, plan, [x], 1e-3)
+        outputs.append(small(x))
+    assert (outputs[0] - outputs[1]).abs().max() <= 1e-6 * outputs[0].abs().max()
 
 
 def test_later_blocks_are_compensated_on_what_they_really_get():

@@ -25,7 +25,7 @@ from vitailor.plan import BlockPlan, Plan
 from vitailor.reconstruct import compensate
 from vitailor.shape import ViTShape, revise
 from vitailor.simulate import Simulator, divergence
-from vitailor.sizes import with_size
+from vitailor.sizes import FACTORED, with_rank, with_size
 from vitailor.surgery import apply
 
 MODELS = {kind: dense(kind) for kind in KINDS}
@@ -49,7 +49,8 @@ def rebuilt(kind: str, shape: ViTShape, ridge: float | None) -> nn.Module:
     for i, cut in enumerate(plan.blocks):
         if ridge is not None:
             dense = host.read(host.block(model, i))
-            refit = compensate(dense, cut, MOMENTS[kind][i], ridge)
+            gains = host.block(model, i).gains()
+            refit = compensate(dense, cut, MOMENTS[kind][i], ridge, gains)
             host.write(host.block(small, i), refit, shape.blocks[i].ranks)
     return small
 
@@ -67,6 +68,10 @@ def shapes(draw: st.DrawFn, dense: ViTShape) -> ViTShape:
         ):
             if full and draw(st.booleans()):
                 found = with_size(found, i, dimension, draw(st.integers(1, full)))
+        for name in FACTORED:
+            if draw(st.booleans()):
+                full = min(found.linears_of(found.blocks[i])[name])
+                found = with_rank(found, i, name, draw(st.integers(1, full)))
         if draw(st.booleans()):
             low, high = dense.num_prefix_tokens + 1, found.blocks[i].num_tokens_in
             found = with_size(found, i, "tokens", draw(st.integers(low, high)))

@@ -16,7 +16,18 @@ from .errors import BudgetError
 from .harm import HarmModel, Known, Tilt, total
 from .shape import BlockShape, ViTShape, resized
 from .simulate import Simulator, Trial
-from .sizes import FIELDS, Dimension, Steps, grid, with_size
+from .sizes import (
+    FACTORED,
+    FIELDS,
+    SAVED,
+    Dimension,
+    SearchDimension,
+    Steps,
+    break_even,
+    grid,
+    with_rank,
+    with_size,
+)
 
 Floats = NDArray[np.float64]
 
@@ -93,7 +104,7 @@ def fill(
     dense: ViTShape,
     metric: str,
     limit: int,
-    dimensions: Sequence[Dimension],
+    dimensions: Sequence[SearchDimension],
     steps: Steps,
     harm: HarmModel | None = None,
 ) -> ViTShape:
@@ -101,10 +112,10 @@ def fill(
     without a harm model, the dearest."""
     harms: Known = {}
     # A candidate stays what it is until its block changes, or the tokens of any.
-    known: dict[tuple[int, Dimension], tuple[int, float]] = {}
+    known: dict[tuple[int, SearchDimension], tuple[int, float]] = {}
     while True:
         present = cost(shape, metric)
-        best: tuple[float, int, Dimension] | None = None
+        best: tuple[float, int, SearchDimension] | None = None
         for i in range(shape.depth):
             for dimension in dimensions:
                 if (i, dimension) not in known or dimension == "tokens":
@@ -129,7 +140,7 @@ def _gain(
     dense: ViTShape,
     metric: str,
     i: int,
-    dimension: Dimension,
+    dimension: SearchDimension,
     steps: Steps,
     harm: HarmModel | None,
     harms: Known,
@@ -145,10 +156,12 @@ def _gain(
 
 
 def _grown(
-    shape: ViTShape, dense: ViTShape, i: int, dimension: Dimension, steps: Steps
+    shape: ViTShape, dense: ViTShape, i: int, dimension: SearchDimension, steps: Steps
 ) -> ViTShape | None:
     """One unit more, where the block has been cut."""
     block = shape.blocks[i]
+    if dimension == "ranks":
+        return _more_rank(shape, i, steps.ranks)
     size: int = getattr(block, FIELDS[dimension])
     full: int = getattr(dense.blocks[i], FIELDS[dimension])
     if dimension == "tokens":
@@ -161,6 +174,19 @@ def _grown(
         if grown.blocks[later].num_tokens_out > block.num_tokens_out:
             grown = with_size(grown, later, "tokens", block.num_tokens_out)
     return grown
+
+
+def _more_rank(shape: ViTShape, i: int, step: int) -> ViTShape | None:
+    """One step more of rank for that of the MLP's factored maps that has least, or one layer where two would hardly
+    save any more."""
+    block = shape.blocks[i]
+    factored = [(rank, n) for n in FACTORED if (rank := getattr(block.ranks, n)) is not None]
+    if not factored:
+        return None
+    rank, name = min(factored)
+    more = rank + step
+    pays = more <= (1 - SAVED) * break_even(shape, block, name)
+    return with_rank(shape, i, name, more if pays else None)
 
 
 def allocate_marginal(

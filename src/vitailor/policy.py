@@ -18,18 +18,30 @@ from pydantic import Field, model_validator
 from .allocate import fill
 from .budget import cost
 from .errors import BudgetError, UsageError
-from .shape import Facts, ViTShape, resized
-from .sizes import FIELDS, Dimension, Steps, with_size
+from .shape import DENSE, Facts, Ranks, ViTShape, resized
+from .sizes import (
+    FACTORED,
+    FIELDS,
+    SAVED,
+    Dimension,
+    SearchDimension,
+    Steps,
+    break_even,
+    with_rank,
+    with_size,
+)
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Ratios = tuple[Ratio, ...]
 #: Blocks after whose attention tokens go, counted from 1, as published for twelve.
 TOKEN_BLOCKS = (4, 7, 10)
 #: Ratios that a space knows, in the order of its parameters.
-CUT: tuple[Dimension, ...] = ("neurons", "heads", "qk", "v", "tokens")
+CUT: tuple[SearchDimension, ...] = ("neurons", "heads", "qk", "v", "ranks", "tokens")
 #: What goes of a dimension is at least this share of its scale: a direction must lead somewhere.
 LEAST = 0.01
 STEPS = Steps()
+#: How the rank of a projection is called among sizes.
+RANK = "{}_rank"
 
 
 def token_blocks(depth: int) -> tuple[int, ...]:
@@ -42,6 +54,8 @@ class Policy(Facts):
 
     Attributes:
         neurons, heads, qk, v: ratios of hidden units, heads, query/key and value dims.
+        ranks: ratios of the rank of each of the MLP's maps at which two factors cost as much as one layer, so of its
+            cost; below `SAVED` it stays one layer.
         tokens: ratio of the tokens at hand, prefix included, that go after a block's attention.
     """
 
@@ -49,6 +63,7 @@ class Policy(Facts):
     heads: Ratios | None = None
     qk: Ratios | None = None
     v: Ratios | None = None
+    ranks: Ratios | None = None
     tokens: Ratios | None = None
 
     @model_validator(mode="after")
@@ -70,8 +85,13 @@ class Policy(Facts):
             fused: whether the tokens that go are averaged into one more, which stays.
 
         Raises:
-            UsageError: when the policy is for another number of blocks.
+            UsageError: when the policy is for another number of blocks, or chooses ranks for a model that has some.
         """
+        if self.ranks is not None and any(block.ranks != DENSE for block in dense.blocks):
+            raise UsageError(
+                "The model has low-rank projections already, so ranks cannot be chosen.",
+                "Multiply them out first (vitailor.merge_back), or leave ranks out.",
+            )
         shape = dense
         for dimension in CUT:
             ratios: Ratios | None = getattr(self, dimension)
@@ -83,7 +103,9 @@ class Policy(Facts):
                     "Give a ratio for each block.",
                 )
             for i, ratio in enumerate(ratios):
-                if ratio > 0:
+                if dimension == "ranks":
+                    shape = _factored(shape, i, ratio, steps.ranks, nearest)
+                elif ratio > 0:
                     size = _kept(shape, i, dimension, ratio, steps, nearest, fused)
                     shape = with_size(shape, i, dimension, size)
         return _fusing(shape, dense, self.tokens or ()) if fused else shape
@@ -98,21 +120,46 @@ def _fusing(shape: ViTShape, dense: ViTShape, ratios: Sequence[float]) -> ViTSha
     return shape.with_blocks((*blocks, *shape.blocks[len(blocks) :]))
 
 
+#: Sizes of every block by name: of a field, or "fc1_rank" and the like, None for one layer.
+Sizes = dict[str, list[int | None]]
+
+
+def sizes_of(shape: ViTShape, dimensions: Sequence[SearchDimension]) -> Sizes:
+    """What a search over these dimensions has chosen, such that `sized` gives the shape again."""
+    found: Sizes = {}
+    for dimension in dimensions:
+        if dimension == "ranks":
+            for name in FACTORED:
+                found[RANK.format(name)] = [getattr(b.ranks, name) for b in shape.blocks]
+        else:
+            field = FIELDS[dimension]
+            found[field] = [getattr(b, field) for b in shape.blocks]
+    return found
+
+
 def sized(
-    dense: ViTShape, sizes: Mapping[str, Sequence[int]], fuses: Sequence[bool] | None = None
+    dense: ViTShape,
+    sizes: Mapping[str, Sequence[int | None]],
+    fuses: Sequence[bool] | None = None,
 ) -> ViTShape:
-    """The shape with these sizes, by field of its blocks; no block has more tokens than arrive or than it had.
+    """The shape with these sizes; no block has more tokens than arrive or than it had.
 
     Args:
+        sizes: see `Sizes`.
         fuses: of each block, whether tokens that go are fused rather than merged; None for what it did.
     """
     blocks, tokens = [], dense.num_tokens
     for i, block in enumerate(dense.blocks):
-        own = {name: values[i] for name, values in sizes.items()}
+        given = {name: values[i] for name, values in sizes.items()}
+        ranks = {n: given.pop(RANK.format(n)) for n in FACTORED if RANK.format(n) in given}
+        own = {name: size for name, size in given.items() if size is not None}
         left = min(own.get("num_tokens_out", block.num_tokens_out), tokens)
         own |= {"num_tokens_in": tokens, "num_tokens_out": left}
         fused = block.fuses if fuses is None else fuses[i]
-        blocks.append(resized(dense.embed_dim, block, {**own, "fuses": fused and left < tokens}))
+        after = resized(dense.embed_dim, block, {**own, "fuses": fused and left < tokens})
+        if ranks:
+            after = after.model_copy(update={"ranks": Ranks(**{**dict(after.ranks), **ranks})})
+        blocks.append(after)
         tokens = left
     return dense.with_blocks(tuple(blocks))
 
@@ -136,11 +183,22 @@ def _kept(
     return min(full, max(step, floor(full * (1 - ratio) / step + half) * step))
 
 
+def _factored(shape: ViTShape, i: int, ratio: float, step: int, nearest: bool) -> ViTShape:
+    """The shape with the maps of a block's MLP at ranks that cost so much less than one layer."""
+    half = 0.5 if nearest else 0.0
+    for name in FACTORED:
+        even = break_even(shape, shape.blocks[i], name)
+        rank = max(step, floor(even * (1 - ratio) / step + half) * step)
+        pays = ratio >= SAVED and rank < even
+        shape = with_rank(shape, i, name, rank if pays else None)
+    return shape
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One free number of a space: the ratio of a dimension in some blocks, which share it."""
 
-    dimension: Dimension
+    dimension: SearchDimension
     blocks: tuple[int, ...]
 
     @property
@@ -166,7 +224,7 @@ class Space:
     """
 
     dense: ViTShape
-    dimensions: Sequence[Dimension] = ("neurons", "heads", "tokens")
+    dimensions: Sequence[SearchDimension] = ("neurons", "heads", "tokens")
     stages: int | None = 3
     token_blocks: tuple[int, ...] = TOKEN_BLOCKS
     tokens_apart: bool = False

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import tokens
-from .calibrate import Batches, BlockMoments, Moments, images_of
+from .calibrate import Batches, BlockMoments, Moments, images_of, wide
+from .factors import factored, floored, read_by_mlp
 from .hosts import Tensors, host_of
 from .layers import Block, BlockStack
 from .linalg import regress_on_kept
@@ -23,22 +24,35 @@ from .surgery import apply, select
 States = list[tokens.Tokens]
 
 
-def compensate(tensors: Tensors, plan: BlockPlan, moments: BlockMoments, ridge: float) -> Tensors:
+#: Layer scales on the outputs of a block's halves, where there are any.
+Gains = tuple[Tensor | None, Tensor | None]
+
+
+def compensate(
+    tensors: Tensors,
+    plan: BlockPlan,
+    moments: BlockMoments,
+    ridge: float,
+    gains: Gains = (None, None),
+) -> Tensors:
     """Canonical tensors of a block after its plan, with output projections refitted.
 
     The removed inputs x_R of the out and fc2 projections are predicted from the kept ones by the affine
-    map of least mean square error, x_R ~ A x_K + a, and W_R A and W_R a are added to weight and bias.
+    map of least mean square error, x_R ~ A x_K + a, and W_R A and W_R a are added to weight and bias. The maps of
+    the MLP that the plan factors are then those nearest for what they read.
 
     Args:
         tensors: canonical tensors of the dense block.
         moments: of the dense block.
         ridge: towards no compensation, as a fraction of the mean variance of the kept inputs.
+        gains: layer scales, by which rows of factored maps count.
     """
     small = select(tensors, plan)
     if plan.v_dims is not None or plan.heads is not None:
         small |= compensate_out(tensors, plan, moments.mixed, ridge)
-    if plan.neurons is not None:
-        small |= compensate_fc2(tensors, plan, moments.hidden, ridge)
+    small |= factor_fc1(tensors, plan, moments.mlp_input)
+    if plan.neurons is not None or plan.ranks.fc2 is not None:
+        small |= compensate_fc2(tensors, plan, moments.hidden, ridge, gains[1])
     return small
 
 
@@ -53,9 +67,64 @@ def compensate_out(tensors: Tensors, plan: BlockPlan, mixed: Moments, ridge: flo
     return refit
 
 
-def compensate_fc2(tensors: Tensors, plan: BlockPlan, hidden: Moments, ridge: float) -> Tensors:
-    """Refitted `fc2.weight` and `fc2.bias` for the kept neurons."""
-    return _refit(tensors, "fc2", list(plan.neurons or ()), hidden, ridge)
+def factor_fc1(tensors: Tensors, plan: BlockPlan, given: Moments) -> Tensors:
+    """fc1 of the kept neurons in two factors, if the plan wants that, nearest for what it reads.
+
+    Args:
+        given: moments of what the MLP is given.
+    """
+    if plan.ranks.fc1 is None:
+        return {}
+    read = read_by_mlp(tensors, given)
+    if plan.mlp_features is not None:
+        read = read.select(torch.tensor(plan.mlp_features, device=read.total.device))
+    return factored(select(tensors, plan), "fc1", plan.ranks.fc1, inputs=read)[0]
+
+
+def compensate_fc2(
+    tensors: Tensors, plan: BlockPlan, hidden: Moments, ridge: float, gain: Tensor | None = None
+) -> Tensors:
+    """Refitted `fc2.weight` and `fc2.bias` for the kept neurons, in two factors where the plan wants that.
+
+    Args:
+        hidden: moments of the dense block's hidden activations.
+        gain: layer scale, by which rows of factors count.
+    """
+    units = tensors["fc2.weight"].shape[1]
+    kept = list(plan.neurons) if plan.neurons is not None else list(range(units))
+    return _written(tensors, kept, hidden, ridge, plan, gain)
+
+
+def compensate_hidden(
+    tensors: Tensors, plan: BlockPlan, seen: Moments, ridge: float, gain: Tensor | None
+) -> Tensors:
+    """The same where hidden activations are other ones than the dense block's: what is lost of the MLP's output is
+    regressed on them.
+
+    Args:
+        seen: moments of the hidden activations that there are, (F), followed by those of what the dense MLP writes
+            beyond what the kept weights make of these, (D).
+    """
+    kept = select(tensors, plan)["fc2.weight"]
+    beyond = torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
+    both = {**tensors, "fc2.weight": torch.cat([kept, beyond], 1)}
+    return _written(both, list(range(kept.shape[1])), seen, ridge, plan, gain)
+
+
+def _written(
+    tensors: Tensors,
+    kept: list[int],
+    inputs: Moments,
+    ridge: float,
+    plan: BlockPlan,
+    gain: Tensor | None,
+) -> Tensors:
+    """fc2 for the kept ones of its inputs, at the planned rank."""
+    new = _refit(tensors, "fc2", kept, inputs, ridge)
+    if plan.ranks.fc2 is None:
+        return new
+    left = inputs.select(torch.tensor(kept, device=inputs.total.device))
+    return factored(new, "fc2", plan.ranks.fc2, inputs=left, gain=floored(gain))[0]
 
 
 def _refit(tensors: Tensors, name: str, kept: list[int], inputs: Moments, ridge: float) -> Tensors:
@@ -123,9 +192,16 @@ def sequential_sweep(
             refit = compensate_out(weights, cut, seen, ridge)
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
         states = _attend(block, states) if stack is None else [stack.attend(i, s) for s in states]
-        if cut.neurons is not None:
+        if cut.ranks.fc1 is not None:
+            given = _moments_at(reference.mlp, _feed, reference, states)
+            refit = factor_fc1(weights, cut, given)
+            host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
+            seen = _hidden_and_lost(block, reference, weights, cut, states)
+            refit |= compensate_hidden(weights, cut, seen, ridge, reference.gains()[1])
+            host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
+        elif cut.neurons is not None or cut.ranks.fc2 is not None:
             seen = _moments_at(reference.mlp.get_submodule("fc2"), _feed, reference, states)
-            refit = compensate_fc2(weights, cut, seen, ridge)
+            refit = compensate_fc2(weights, cut, seen, ridge, reference.gains()[1])
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
         states = _feed(block, states)
 
@@ -153,6 +229,36 @@ def _attend(block: Block, states: States) -> States:
 
 def _feed(block: Block, states: States) -> States:
     return [s.replace(block.feed(s.x)) for s in states]
+
+
+def _hidden_and_lost(
+    block: Block, reference: Block, weights: Tensors, plan: BlockPlan, states: States
+) -> Moments:
+    """What `compensate_hidden` needs of a block whose fc1 is factored already.
+
+    Args:
+        reference: the dense block.
+        weights: its canonical tensors.
+    """
+    kept, full = (wide(t["fc2.weight"]) for t in (select(weights, plan), weights))
+    ends = [one.mlp.get_submodule("fc2") for one in (block, reference)]
+    reads: dict[nn.Module, Tensor] = {}
+
+    def listen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        reads[module] = wide(args[0])
+
+    found = Moments.zero(kept.shape[1] + len(kept), kept)
+    handles = [module.register_forward_pre_hook(listen) for module in ends]
+    try:
+        for state in states:
+            for one in (block, reference):
+                one.feed(state.x)
+            own, wanted = (reads[module] for module in ends)
+            found.add(torch.cat([own, wanted @ full.mT - own @ kept.mT], -1), state.size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _moments_at(

@@ -205,10 +205,11 @@ class ViTShape(Facts):
 
     def linears(self) -> list[dict[str, tuple[int, int]]]:
         """Input and output size of each projection of each block, by name."""
-        return [
-            {name: sizes[:2] for name, sizes in _linears(self.embed_dim, block).items()}
-            for block in self.blocks
-        ]
+        return [self.linears_of(block) for block in self.blocks]
+
+    def linears_of(self, b: BlockShape) -> dict[str, tuple[int, int]]:
+        """Input and output size of each projection of a block, by name."""
+        return {name: sizes[:2] for name, sizes in _linears(self.embed_dim, b).items()}
 
     @property
     def macs(self) -> int:

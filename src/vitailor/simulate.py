@@ -22,7 +22,7 @@ from .hosts import host_of
 from .layers import Block
 from .orders import block_plan, match_features, token_weights
 from .reconstruct import compensate
-from .shape import BlockShape, Matching, ViTShape, resized, revise
+from .shape import BlockShape, Matching, Ranks, ViTShape, resized, revise
 from .surgery import select
 
 #: A trial is given up when, on at least so many images, it harms so many times as much as its rival.
@@ -167,6 +167,8 @@ class Simulator:
         sizes = {n: getattr(want, n) for n in ("num_heads", "qk_dim", "v_dim")}
         attn_key = resized(width, dense, sizes)
         mlp_key = resized(width, dense, {"mlp_dim": want.mlp_dim})
+        ranks = {"fc1": want.ranks.fc1, "fc2": want.ranks.fc2}
+        mlp_key = mlp_key.model_copy(update={"ranks": Ranks(**{**dict(mlp_key.ranks), **ranks})})
         block = copy.copy(self.host.block(self.model, i))
         block._modules = dict(block._modules)
         if attn_key != dense:
@@ -190,7 +192,8 @@ class Simulator:
             if self.ridge is None:
                 small = select(self._weights[i], plan)
             else:
-                small = compensate(self._weights[i], plan, self.moments[i], self.ridge)
+                gains = self.host.block(self.model, i).gains()
+                small = compensate(self._weights[i], plan, self.moments[i], self.ridge, gains)
             self.host.write(block, small, want.ranks)
             self._halves[key] = block.get_submodule(name)
         return self._halves[key]

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .shape import ViTShape, resized
+from .shape import BlockShape, Ranks, ViTShape, resized
 
 Dimension = Literal["tokens", "qk", "v", "neurons", "heads"]
 DIMENSIONS: tuple[Dimension, ...] = ("tokens", "qk", "v", "neurons", "heads")
+#: What a search may cut: the ranks of the MLP's maps, too. Query/key and value dims are those of attention's.
+SearchDimension = Literal["tokens", "qk", "v", "neurons", "heads", "ranks"]
+#: The projections that a search may factor.
+FACTORED = ("fc1", "fc2")
+#: They are factored only where that saves at least this share of their cost: two layers take a time of their own.
+SAVED = 0.2
 FIELDS: dict[Dimension, str] = {
     "tokens": "num_tokens_out",
     "qk": "qk_dim",
@@ -27,6 +33,7 @@ class Steps:
     v: int = 8
     neurons: int = 16
     heads: int = 1
+    ranks: int = 16
 
     @classmethod
     def for_shape(cls, shape: ViTShape) -> Steps:
@@ -34,7 +41,12 @@ class Steps:
         head = min(b.qk_dim for b in shape.blocks)
         mlp = min(b.mlp_dim for b in shape.blocks)
         dim = 16 if head >= 64 else max(1, head // 8)
-        return cls(qk=dim, v=dim, neurons=16 if mlp >= 256 else max(1, mlp // 16))
+        return cls(
+            qk=dim,
+            v=dim,
+            neurons=16 if mlp >= 256 else max(1, mlp // 16),
+            ranks=16 if shape.embed_dim >= 128 else max(1, shape.embed_dim // 16),
+        )
 
 
 def grid(shape: ViTShape, index: int, dimension: Dimension, steps: Steps) -> list[int]:
@@ -43,6 +55,20 @@ def grid(shape: ViTShape, index: int, dimension: Dimension, steps: Steps) -> lis
     step: int = getattr(steps, dimension)
     least = min(full, shape.num_prefix_tokens + 1 if dimension == "tokens" else step)
     return [*range(least, full, step), full]
+
+
+def break_even(shape: ViTShape, b: BlockShape, name: str) -> float:
+    """The rank at which two factors of a block's projection cost as much as one layer."""
+    fan_in, fan_out = shape.linears_of(b)[name]
+    return fan_in * fan_out / (fan_in + fan_out)
+
+
+def with_rank(shape: ViTShape, index: int, name: str, rank: int | None) -> ViTShape:
+    """The shape with a projection of one block at a rank; None for one layer."""
+    blocks = list(shape.blocks)
+    ranks = Ranks(**{**dict(blocks[index].ranks), name: rank})
+    blocks[index] = blocks[index].model_copy(update={"ranks": ranks})
+    return shape.model_copy(update={"blocks": tuple(blocks)})
 
 
 def with_size(

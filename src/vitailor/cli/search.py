@@ -237,7 +237,8 @@ def _draw(out: Console, payload: dict[str, Any], overhead: float) -> None:
         f"[/bold], {count(best['macs'])} MACs, {count(best['params'])} parameters"
     )
     for name, sizes in best["policy"].items():
-        out.print(f"  {name:<15} {' '.join(map(str, sizes))}")
+        told = ("-" if size is None else str(size) for size in sizes)
+        out.print(f"  {name:<15} {' '.join(told)}")
     out.print(f"{seconds:.2f} s a candidate; choosing, storing and waiting took {overhead:.2f} s")
     if "top1" in payload:
         top1 = payload["top1"]

@@ -11,11 +11,11 @@ from ..calibrate import Batches
 from ..data import ImageSet
 from ..harm import measure
 from ..harm_space import HarmSpace
-from ..policy import Space
+from ..policy import Sizes, Space, sizes_of
 from ..processes import is_first_process
 from ..shape import ViTShape
 from ..simulate import Simulator
-from ..sizes import FIELDS, Dimension, Steps
+from ..sizes import SearchDimension, Steps
 from ..studies import Finished, Result, Sampler, search
 from .base import Task
 from .closed_form import Sorted
@@ -39,7 +39,7 @@ class Rules:
     """
 
     dense: ViTShape
-    dimensions: tuple[Dimension, ...]
+    dimensions: tuple[SearchDimension, ...]
     ridge: float | None
     reward: Reward
 
@@ -58,7 +58,8 @@ class Study:
 def harm_space(task: Task, ready: Sorted, rules: Rules, steps: Steps) -> HarmSpace:
     """Weights on what single cuts harm, measured on the task's calibration images."""
     single = _simulator(task.batches(HARM_IMAGES), task, ready, rules, whole=False)
-    return HarmSpace(measure(single, rules.dimensions, steps), rules.dimensions, steps)
+    dimensions = tuple(d for d in rules.dimensions if d != "ranks")  # refused before
+    return HarmSpace(measure(single, dimensions, steps), dimensions, steps)
 
 
 def best(
@@ -68,8 +69,8 @@ def best(
     rules: Rules,
     space: Space | HarmSpace,
     study: Study,
-) -> tuple[dict[str, list[int]], list[bool], dict[str, Any]]:
-    """The best candidate's sizes by field of the shape's blocks, which of them fuse tokens, and what the search saw.
+) -> tuple[Sizes, list[bool], dict[str, Any]]:
+    """The best candidate's sizes, which blocks fuse tokens, and what the search saw.
 
     Args:
         judged: images by which candidates are judged.
@@ -86,7 +87,7 @@ def best(
             if rules.reward == "accuracy"
             else -simulator.trial(shape, 0).harm
         )
-        sizes = {FIELDS[d]: [getattr(b, FIELDS[d]) for b in shape.blocks] for d in rules.dimensions}
+        sizes = sizes_of(shape, rules.dimensions)
         fuses = [block.fuses for block in shape.blocks]
         facts = {"macs": shape.macs, "params": shape.params, "policy": sizes, "fuses": fuses}
         return value, facts

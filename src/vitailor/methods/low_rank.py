@@ -18,14 +18,23 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from ..budget import Budget
-from ..calibrate import BlockMoments, Moments, dense_sweep
-from ..decompose import Decomposition, decompose, energies
+from ..calibrate import BlockMoments, dense_sweep
+from ..decompose import Decomposition, energies
 from ..errors import DataError, UsageError
+from ..factors import (
+    Inputs,
+    bias_of,
+    factored,
+    gain_of,
+    read_by_mlp,
+    scaled,
+    second_of,
+    weight_of,
+)
 from ..hosts import Tensors, host_of
-from ..layers import Block
 from ..plan import BlockPlan, Plan
 from ..ranks import Spectrum, at_energy, at_share, with_ranks, within_budget
 from ..shape import DENSE, ViTShape
@@ -163,8 +172,8 @@ class LowRank(Method):
             tensors = host.read(host.block(model, i))
             for name in self.projections:
                 weight = weight_of(tensors, name).double()
-                weight = _scaled(weight, _gain(host.block(model, i), name))
-                moments = _second(known.get(name), centred=_bias(tensors, name) is not None)
+                weight = scaled(weight, gain_of(host.block(model, i), name))
+                moments = second_of(known.get(name), bias_of(tensors, name) is not None)
                 out, width = weight.shape
                 found.append(Spectrum(i, name, width, out, energies(weight, moments)))
         return found
@@ -189,23 +198,16 @@ class LowRank(Method):
             for name, rank in block_plan.ranks:
                 if rank is None:
                     continue
-                gain, bias, moments = _gain(block, name), _bias(tensors, name), known.get(name)
-                old, dtype = weight_of(tensors, name).double(), tensors[f"{name}.weight"].dtype
-                second = _second(moments, centred=bias is not None)
-                found = decompose(
-                    _scaled(old, gain), rank, self.decomposition, moments=second, seed=seed
+                new, errors[name] = factored(
+                    tensors,
+                    name,
+                    rank,
+                    self.decomposition,
+                    inputs=known.get(name),
+                    gain=gain_of(block, name),
+                    seed=seed,
                 )
-                up = found.up if gain is None else found.up / gain.double().unsqueeze(1)
-                up, down = up.to(dtype), found.down.to(dtype)
-                nearest = up.double() @ down.double()
-                errors[name] = _lost(_scaled(old, gain), _scaled(nearest, gain), second)
-                tensors |= {f"{name}.up": up, f"{name}.down": down}
-                tensors[f"{name}.weight"] = nearest.to(dtype).reshape(
-                    tensors[f"{name}.weight"].shape
-                )
-                if bias is not None and moments is not None:
-                    shifted = bias.double().flatten() + (old - nearest) @ moments.mean
-                    tensors[f"{name}.bias"] = shifted.reshape(bias.shape)
+                tensors |= new
             weights.append(tensors if errors else {})
             told.append(errors)
         return weights, told
@@ -218,66 +220,13 @@ class LowRank(Method):
         ]
 
 
-#: Layer scale of a row counts at least this share of the mean one: rows that count nothing could not be had back.
-LEAST_GAIN = 1e-3
-
-
-def _gain(block: Block, name: str) -> Tensor | None:
-    """(out,) by how much the block's residual stream takes what a projection writes, where it is scaled."""
-    gains = dict(zip(("out", "fc2"), block.gains(), strict=True))
-    gain = gains.get(name)
-    if gain is None:
-        return None
-    size: Tensor = gain.abs()
-    floored: Tensor = size.clamp_min(float(LEAST_GAIN * size.mean()) or 1.0)
-    return floored
-
-
-def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
-    return weight if gain is None else weight * gain.double().unsqueeze(1)
-
-
-#: Moments of what each projection of a block reads.
-Inputs = dict[str, Moments]
-
-
 def inputs_of(tensors: Tensors, moments: BlockMoments) -> Inputs:
     """Moments of what each projection of a block reads."""
     if moments.attn_input is None:
         raise DataError("Nothing is known of what attention reads.", "Sweep with attention_input.")
-    read = moments.mlp_input
-    if "mlp_features" in tensors:
-        read = read.select(tensors["mlp_features"])
     attention = dict.fromkeys("qkv", moments.attn_input)
-    return attention | {"out": moments.mixed, "fc1": read, "fc2": moments.hidden}
-
-
-def weight_of(tensors: Tensors, name: str) -> Tensor:
-    """(out, in) weights of a projection, heads flattened."""
-    weight = tensors[f"{name}.weight"]
-    if weight.dim() == 2:
-        return weight
-    return weight.flatten(1) if name == "out" else weight.flatten(0, 1)
-
-
-def _bias(tensors: Tensors, name: str) -> Tensor | None:
-    return tensors.get(f"{name}.bias")
-
-
-def _second(moments: Moments | None, centred: bool) -> Tensor | None:
-    """What counts of the inputs: their covariance where a bias takes up the mean, else second moments."""
-    if moments is None:
-        return None
-    return moments.covariance if centred else moments.second / moments.count
-
-
-def _lost(weight: Tensor, nearest: Tensor, second: Tensor | None) -> float:
-    """What is lost, as a share of the outputs' root mean square, or of the weights' norm."""
-
-    def size(w: Tensor) -> float:
-        return float(w.norm() if second is None else (w @ second * w).sum().clamp_min(0).sqrt())
-
-    return size(weight - nearest) / max(size(weight), 1e-300)
+    mlp = {"fc1": read_by_mlp(tensors, moments.mlp_input), "fc2": moments.hidden}
+    return attention | {"out": moments.mixed} | mlp
 
 
 def _plan_of(shape: ViTShape) -> Plan:

@@ -11,7 +11,7 @@
    used to being cut; and the model found is fine-tuned, mostly by distillation.
 
 Beyond the paper: candidates are compensated in closed form, from moments that are collected once; query/key and
-value dims may take part; tokens may be merged instead.
+value dims and the ranks of the MLP's maps may take part; tokens may be merged instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..policy import Space, sized, token_blocks
 from ..provenance import weights_hash
 from ..reconstruct import cut
 from ..shape import Matching, ViTShape, revise
-from ..sizes import Dimension, Steps
+from ..sizes import SearchDimension, Steps
 from ..studies import Sampler
 from ..surgery import apply
 from ..training import TrainConfig
@@ -74,7 +74,7 @@ RECIPE: dict[str, Any] = {
 #: Settings by which images are opened, once for both trainings.
 AUGMENTATION = ("scale", "rand_augment", "random_erasing")
 #: Dimensions that weights can be shared over.
-SHARED: tuple[Dimension, ...] = ("neurons", "heads", "tokens")
+SHARED: tuple[SearchDimension, ...] = ("neurons", "heads", "tokens")
 
 
 class MultiDim(Method):
@@ -88,7 +88,10 @@ class MultiDim(Method):
         relevance: share of dependence in a neuron's score; the rest is its activity's.
         compensation: regress what was removed on what was kept, in every candidate and in the result.
         ridge: towards no compensation, as a fraction of the kept inputs' mean variance.
-        dimensions: what may be cut; tokens only where the budget is in MACs, since they have no parameters.
+        dimensions: what may be cut: "neurons", "heads", "qk", "v", "ranks", "tokens". Query/key and value dims are the
+            ranks of each head's products; "ranks" are those of the MLP's two maps, which become two layers each
+            where that saves enough, by SVD as their inputs see them (with `compensation`; else of the weights).
+            Tokens only where the budget is in MACs, since they have no parameters.
         tokens: how tokens go: "fuse" keeps those with most class attention and averages the others, as
             published; "fuse-dependence" multiplies attention by the dependence of their place; the rest are
             rules of merging, see `shape.Matching`.
@@ -126,7 +129,7 @@ class MultiDim(Method):
     relevance: Annotated[float, Field(ge=0, le=1)] = RELEVANCE
     compensation: bool = True
     ridge: Annotated[float, Field(gt=0)] = 1e-3
-    dimensions: Annotated[tuple[Dimension, ...], Field(min_length=1)] = (
+    dimensions: Annotated[tuple[SearchDimension, ...], Field(min_length=1)] = (
         "neurons",
         "heads",
         "tokens",
@@ -245,6 +248,10 @@ class MultiDim(Method):
                 f"Weights cannot be shared over {' and '.join(sorted(beyond))}.",
                 f"Cut {', '.join(SHARED)} alone, or leave sharing out.",
             )
+        if self.space == "harm" and "ranks" in self.dimensions:
+            raise UsageError(
+                "The harm of lower ranks is not measured.", "Leave ranks out, or take space=ratios."
+            )
         if self.space == "harm" and "tokens" in self.dimensions and self._fuses:
             raise UsageError(
                 "The harm of fused tokens is not measured.", "Merge them (tokens=attention)."
@@ -263,7 +270,8 @@ class MultiDim(Method):
         if self.space == "harm" and not keeps_all(budget, shape):
             limits = (budget.metric, budget.limit(shape))
             merging = self._merging(shape)
-            require_reachable(merging, *limits, self._allowed(budget.metric), self._steps(shape))
+            measured = tuple(d for d in self._allowed(budget.metric) if d != "ranks")
+            require_reachable(merging, *limits, measured, self._steps(shape))
         elif not keeps_all(budget, shape):
             self._space(shape, budget.metric).require_reachable(budget.metric, budget.limit(shape))
 
@@ -386,7 +394,7 @@ class MultiDim(Method):
             "judged": fingerprint(judged),
         }
 
-    def _allowed(self, metric: str) -> tuple[Dimension, ...]:
+    def _allowed(self, metric: str) -> tuple[SearchDimension, ...]:
         """The dimensions that a budget of this kind is met by."""
         return tuple(d for d in self.dimensions if metric != "params" or d != "tokens")
 
@@ -406,7 +414,9 @@ class MultiDim(Method):
     def _steps(self, shape: ViTShape) -> Steps:
         n = self.round_to
         return (
-            Steps.for_shape(shape) if n is None else Steps(tokens=1, qk=n, v=n, neurons=n, heads=1)
+            Steps.for_shape(shape)
+            if n is None
+            else Steps(tokens=1, qk=n, v=n, neurons=n, heads=1, ranks=n)
         )
 
     def _merging(self, shape: ViTShape) -> ViTShape:
