@@ -11,6 +11,7 @@ Training and calibration see training images only; validation images are used on
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ SEARCHED = {
     "multi-dim at 0.6, half the learning rate": (0.6, SLOWER),
     "multi-dim at 0.6, labels and outputs": (0.6, LABELED),
 }
+#: Nothing is cut, and training is that of the third run at 0.6.
+TRAINED = "nothing cut, labels and outputs"
 METHODS: dict[str, vt.VTP] = {
     "VTP, gates on inputs": vt.VTP(**SPARSE, training=FINETUNE),
     "magnitude, the same fine-tuning": vt.VTP(scores="magnitude", scope="layer", training=FINETUNE),
@@ -122,6 +125,19 @@ class Bench:
             resume=True,
             preprocessing=self.preprocessing,
             on_event=lambda event: tell(f"closed-form, {name}", event),
+        )
+
+    def trained(self, name: str, config: vt.TrainConfig) -> nn.Module:
+        """The dense model, trained like the others."""
+        return vt.train(
+            copy.deepcopy(self.dense),
+            self.train,
+            config,
+            teacher=self.dense,
+            folder=self.work / name.replace(" ", "-"),
+            resume=True,
+            preprocessing=self.preprocessing,
+            on_event=lambda event: tell(name, event),
         )
 
     def searched(self, name: str, keep: float, method: vt.MultiDim) -> nn.Module:
@@ -261,6 +277,7 @@ def main() -> None:
             name: lambda name=name, searched=searched: bench.searched(name, *searched)
             for name, searched in SEARCHED.items()
         }
+        | {TRAINED: lambda: bench.trained(TRAINED, LABELED.training)}
         | {name: lambda name=name: bench.pruned(name) for name in METHODS}
     )
     for row, make in rows.items():
