@@ -18,6 +18,7 @@ from vitailor.methods import candidates, multi_dim, ranking, weight_sharing
 from vitailor.methods.multi_dim import JOURNAL
 from vitailor.policy import sized, sizes_of
 from vitailor.provenance import weights_hash
+from vitailor.shape import DENSE
 from vitailor.simulate import divergence
 
 HALF = vt.Budget(macs=0.6)
@@ -386,13 +387,14 @@ def test_a_model_that_merges_already_goes_on_merging():
 @pytest.mark.parametrize("compensation", [True, False])
 @pytest.mark.parametrize("budget", [vt.Budget(macs=0.75), vt.Budget(params=0.75)])
 def test_ranks_of_the_mlp_are_searched_and_load_again(budget, compensation, tmp_path):
-    settings = {"dimensions": ("neurons", "ranks"), "compensation": compensation, "initial": 0}
+    settings = {"dimensions": ("heads", "ranks"), "compensation": compensation, "initial": 0}
     result = found(budget=budget, **settings)
     shape, own = shape_of(result.model), shape_of(dense())
+    assert any(b.ranks != DENSE for b in shape.blocks)
     # The first candidate cuts everything alike.
     first = sized(own, result.trials[0]["policy"])
     assert all(
-        b.ranks.fc1 and b.ranks.fc2 and b.mlp_dim < own.blocks[0].mlp_dim for b in first.blocks
+        b.ranks.fc1 and b.ranks.fc2 and b.num_heads < own.blocks[0].num_heads for b in first.blocks
     )
     x = torch.stack([x for x, _ in labeled()[:4]])
     vt.save(result.model, tmp_path / "small")

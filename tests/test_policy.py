@@ -11,10 +11,11 @@ from conftest import build
 from vitailor.budget import cost
 from vitailor.errors import BudgetError, UsageError
 from vitailor.hosts import shape_of
+from vitailor.mlp_ranks import MAPS, SAVED, set_ranks
 from vitailor.plan import BlockPlan, Plan
 from vitailor.policy import TOKEN_BLOCKS, Policy, Space, sized, sizes_of, token_blocks
 from vitailor.shape import DENSE, Ranks, ViTShape
-from vitailor.sizes import FACTORED, SAVED, Steps, break_even, with_rank
+from vitailor.sizes import Steps, with_block
 from vitailor.surgery import apply, hollow
 
 ONES = Steps(tokens=1, qk=1, v=1, neurons=1, heads=1, ranks=1)
@@ -68,6 +69,12 @@ def test_the_released_policy_gives_the_released_sizes():
     assert Policy.from_json(policy.to_json()) == policy
 
 
+def break_even(shape: ViTShape, i: int, name: str) -> float:
+    """Where a rank of r costs as much as one layer: r (m + n) = m n."""
+    m, n = shape.linears()[i][name]
+    return m * n / (m + n)
+
+
 def direction(space: Space, values: list[float]) -> dict[str, float]:
     return {p.name: v for p, v in zip(space.parameters, values, strict=False)}
 
@@ -101,11 +108,11 @@ def test_every_direction_lands_on_the_budget(values, metric, keep, stages, neare
         chosen = [(rank, name) for name, rank in block.ranks if rank is not None]
         assert bool(chosen) <= ranks
         for rank, name in chosen:
-            even = break_even(shape, block, name)
-            assert rank < even
+            even = break_even(shape, i, name)
+            assert rank <= (1 - SAVED) * even or rank == 1 < even
             more = rank + 1 if rank + 1 <= (1 - SAVED) * even else None
-            if rank == min(chosen)[0]:
-                assert cost(with_rank(shape, i, name, more), metric) > limit
+            higher = set_ranks(block, **{name: more})
+            assert cost(with_block(shape, i, higher), metric) > limit
     found = sized(dense, sizes_of(shape, dimensions), [block.fuses for block in shape.blocks])
     assert found == shape
 
@@ -120,7 +127,7 @@ def test_ranks_cost_what_their_ratio_leaves(neurons, ratio, step, nearest):
     before, block = wide.blocks[0], shape.blocks[0]
     assert block.model_copy(update={"ranks": DENSE}) == before
     assert shape.blocks[1] == dense.blocks[1]
-    for name in FACTORED:
+    for name in MAPS:
         rank, (fan_in, fan_out) = getattr(block.ranks, name), shape.linears_of(block)[name]
         if ratio < SAVED:
             assert rank is None
@@ -128,8 +135,8 @@ def test_ranks_cost_what_their_ratio_leaves(neurons, ratio, step, nearest):
             continue
         even = fan_in * fan_out / (fan_in + fan_out)
         assert rank % step == 0
-        assert abs(rank - (1 - ratio) * even) <= (step / 2 if nearest else step) or rank == step
-        assert rank * (fan_in + fan_out) < fan_in * fan_out
+        assert abs(rank - (1 - ratio) * even) <= step
+        assert rank * (fan_in + fan_out) <= (1 - SAVED) * fan_in * fan_out or rank == step < even
     assert shape.block_macs(0) <= wide.block_macs(0)
     # What is counted is what is there.
     small = hollow(build(), shape)
@@ -140,20 +147,54 @@ def test_ranks_cost_what_their_ratio_leaves(neurons, ratio, step, nearest):
 def test_a_map_that_is_hardly_cheaper_in_two_stays_one():
     """The rank of 80% of the cost, and one layer beyond, also where a step of rank is given back."""
     dense = shape_of(build())
-    assert break_even(dense, dense.blocks[0], "fc1") == pytest.approx(12.8)
+    assert break_even(dense, 0, "fc1") == pytest.approx(12.8)
     found = [Policy(ranks=(r, r)).apply(dense, ONES).blocks[0].ranks for r in (0.19, 0.21, 0.5)]
     assert found == [DENSE, Ranks(fc1=10, fc2=10), Ranks(fc1=6, fc2=6)]
     space = Space(dense, ("ranks",), stages=1, steps=ONES)
-    tight = space.on_budget({"ranks 1-2": 1.0}, "params", dense.params - 300)
+    tight = space.on_budget({"ranks 1-2": 1.0}, "params", dense.params - 200)
     ranks = [rank for block in tight.blocks for _, rank in block.ranks if rank is not None]
-    # Two maps at rank 10 save 448 of 2,048 weights; the others are whole again.
-    assert ranks == [10, 10]
+    # One map at rank 10 saves 224 of 1,024 weights; the other three are whole again.
+    assert ranks == [10]
+    # Rounded to the nearest, 10.24 would be 12, which saves too little.
+    coarse = Policy(ranks=(0.2, 0.2)).apply(dense, Steps(ranks=4), nearest=True)
+    assert {block.ranks for block in coarse.blocks} == {Ranks(fc1=8, fc2=8)}
     assert space.names == ("ranks 1-2",)
-    # What three steps cost goes to one map after the other.
+    # Three steps more fit.
     five = Policy(ranks=(0.6, 0.6)).apply(dense, ONES)
     assert {block.ranks for block in five.blocks} == {Ranks(fc1=5, fc2=5)}
     more = space.on_budget({"ranks 1-2": 1.0}, "params", five.params + 3 * 80)
-    assert [b.ranks for b in more.blocks] == [Ranks(fc1=7, fc2=6), Ranks(fc1=5, fc2=5)]
+    assert [b.ranks for b in more.blocks] == [Ranks(fc1=8, fc2=5), Ranks(fc1=5, fc2=5)]
+
+
+def test_no_step_of_any_rank_fits_any_more():
+    """Nor of the map that has more rank, where a step of the other does not fit."""
+    dense = shape_of(build(embed_dim=64, mlp_ratio=2.0, depth=1))
+    space = Space(dense, ("ranks",), stages=1, steps=Steps(ranks=16))
+    for limit in range(37_000, dense.params, 150):
+        shape = space.on_budget({"ranks 1": 1.0}, "params", limit)
+        ranks = shape.blocks[0].ranks
+        for name in MAPS:
+            rank = getattr(ranks, name)
+            if rank is not None:
+                more = rank + 16 if rank + 16 <= 0.8 * break_even(dense, 0, name) else None
+                higher = set_ranks(shape.blocks[0], **{name: more})
+                assert with_block(shape, 0, higher).params > limit
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.integers(1, 12), st.booleans())
+def test_cost_never_rises_with_the_scale(values, step, nearest):
+    dense = shape_of(build(depth=1))
+    steps = Steps(neurons=1, ranks=step)
+    space = Space(dense, ("neurons", "heads", "ranks"), stages=1, steps=steps, nearest=nearest)
+    costs = [space.shape(direction(space, values), s / 10).macs for s in range(1, 200)]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_ranks_that_cannot_be_lowered_are_refused():
+    dense = shape_of(build())
+    for settings in ({"most": 0.19}, {"steps": Steps(ranks=13)}):
+        with pytest.raises(UsageError, match="no rank saves anything"):
+            Space(dense, ("neurons", "ranks"), stages=1, **settings)
 
 
 def test_ranks_are_not_chosen_for_a_model_that_has_some():

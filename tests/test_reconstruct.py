@@ -240,14 +240,21 @@ def test_merged_tokens_count_as_often_as_their_members():
 LOW = BlockPlan(neurons=HALF.neurons, ranks=Ranks(fc1=5, fc2=6))
 
 
+@pytest.mark.parametrize("reads", ["all", "some", "fewer"])
 @pytest.mark.parametrize("merging", [None, MERGING])
 @torch.no_grad()
-def test_maps_that_are_of_low_rank_are_factored_without_loss(merging):
-    model = make()
+def test_maps_that_are_of_low_rank_are_factored_without_loss(merging, reads):
+    """Whether fc1 reads all features, some of them, or fewer once it is cut."""
+    model, features = make(), tuple(range(0, 16, 2))
     for block in model.blocks:
         block.mlp.fc1.weight.copy_(draw(NEURONS, 5) @ draw(5, 16, seed=1) / 4)
+        if reads != "all":
+            block.mlp.fc1.weight[:, 1::2] = 0
         block.mlp.fc2.weight.copy_(draw(16, 6, seed=2) @ draw(6, NEURONS, seed=3) / 8)
-    plan = plan_of(merging, BlockPlan(ranks=LOW.ranks))
+    if reads == "some":
+        model = apply(model, Plan(blocks=(BlockPlan(mlp_features=features),) * 2))
+    cut = BlockPlan(ranks=LOW.ranks, mlp_features=features if reads == "fewer" else None)
+    plan = plan_of(merging, cut)
     small = apply(model, plan)
     sequential_sweep(model, small, plan, images(model, 12).split(5), 1e-3)
     assert [b.ranks for b in shape_of(small).blocks] == [LOW.ranks] * 2

@@ -19,13 +19,15 @@ from test_surgery import KINDS, dense
 from vitailor import simulate
 from vitailor.calibrate import dense_sweep
 from vitailor.criteria import Order, variance, with_match_features
+from vitailor.factors import gain_of
 from vitailor.hosts import host_of, shape_of
+from vitailor.mlp_ranks import MAPS, set_ranks
 from vitailor.orders import plan_for
 from vitailor.plan import BlockPlan, Plan
 from vitailor.reconstruct import compensate
 from vitailor.shape import ViTShape, revise
 from vitailor.simulate import Simulator, divergence
-from vitailor.sizes import FACTORED, with_rank, with_size
+from vitailor.sizes import with_block, with_size
 from vitailor.surgery import apply
 
 MODELS = {kind: dense(kind) for kind in KINDS}
@@ -49,8 +51,8 @@ def rebuilt(kind: str, shape: ViTShape, ridge: float | None) -> nn.Module:
     for i, cut in enumerate(plan.blocks):
         if ridge is not None:
             dense = host.read(host.block(model, i))
-            gains = host.block(model, i).gains()
-            refit = compensate(dense, cut, MOMENTS[kind][i], ridge, gains)
+            gain = gain_of(host.block(model, i), "fc2")
+            refit = compensate(dense, cut, MOMENTS[kind][i], ridge, gain)
             host.write(host.block(small, i), refit, shape.blocks[i].ranks)
     return small
 
@@ -68,10 +70,11 @@ def shapes(draw: st.DrawFn, dense: ViTShape) -> ViTShape:
         ):
             if full and draw(st.booleans()):
                 found = with_size(found, i, dimension, draw(st.integers(1, full)))
-        for name in FACTORED:
+        for name in MAPS:
             if draw(st.booleans()):
                 full = min(found.linears_of(found.blocks[i])[name])
-                found = with_rank(found, i, name, draw(st.integers(1, full)))
+                rank = draw(st.integers(1, full))
+                found = with_block(found, i, set_ranks(found.blocks[i], **{name: rank}))
         if draw(st.booleans()):
             low, high = dense.num_prefix_tokens + 1, found.blocks[i].num_tokens_in
             found = with_size(found, i, "tokens", draw(st.integers(low, high)))

@@ -14,22 +14,14 @@ from numpy.typing import NDArray
 from .budget import cost
 from .errors import BudgetError
 from .harm import HarmModel, Known, Tilt, total
+from .mlp_ranks import MAPS, Map, raised
 from .shape import BlockShape, ViTShape, resized
 from .simulate import Simulator, Trial
-from .sizes import (
-    FACTORED,
-    FIELDS,
-    SAVED,
-    Dimension,
-    SearchDimension,
-    Steps,
-    break_even,
-    grid,
-    with_rank,
-    with_size,
-)
+from .sizes import FIELDS, Dimension, SearchDimension, Steps, grid, with_block, with_size
 
 Floats = NDArray[np.float64]
+#: What is given back one by one: units of a dimension, or steps of a map's rank.
+Unit = Dimension | Map
 
 
 def allocate_uniform(
@@ -110,28 +102,29 @@ def fill(
 ) -> ViTShape:
     """Give back single units until not one more fits: those that undo most harm for their cost, or,
     without a harm model, the dearest."""
+    units: list[Unit] = []
+    for dimension in dimensions:
+        units += MAPS if dimension == "ranks" else (dimension,)
     harms: Known = {}
     # A candidate stays what it is until its block changes, or the tokens of any.
-    known: dict[tuple[int, SearchDimension], tuple[int, float]] = {}
+    known: dict[tuple[int, Unit], tuple[int, float]] = {}
     while True:
         present = cost(shape, metric)
-        best: tuple[float, int, SearchDimension] | None = None
+        best: tuple[float, int, Unit] | None = None
         for i in range(shape.depth):
-            for dimension in dimensions:
-                if (i, dimension) not in known or dimension == "tokens":
-                    known[i, dimension] = _gain(
-                        shape, dense, metric, i, dimension, steps, harm, harms
-                    )
-                added, worth = known[i, dimension]
+            for unit in units:
+                if (i, unit) not in known or unit == "tokens":
+                    known[i, unit] = _gain(shape, dense, metric, i, unit, steps, harm, harms)
+                added, worth = known[i, unit]
                 if 0 < added <= limit - present and (best is None or worth > best[0]):
-                    best = worth, i, dimension
+                    best = worth, i, unit
         if best is None:
             return shape
-        _, changed, dimension = best
-        grown = _grown(shape, dense, changed, dimension, steps)
+        _, changed, unit = best
+        grown = _grown(shape, dense, changed, unit, steps)
         assert grown is not None  # it was worth something
         shape = grown
-        for key in [key for key in known if dimension == "tokens" or key[0] == changed]:
+        for key in [key for key in known if unit == "tokens" or key[0] == changed]:
             del known[key]
 
 
@@ -140,7 +133,7 @@ def _gain(
     dense: ViTShape,
     metric: str,
     i: int,
-    dimension: SearchDimension,
+    dimension: Unit,
     steps: Steps,
     harm: HarmModel | None,
     harms: Known,
@@ -156,12 +149,13 @@ def _gain(
 
 
 def _grown(
-    shape: ViTShape, dense: ViTShape, i: int, dimension: SearchDimension, steps: Steps
+    shape: ViTShape, dense: ViTShape, i: int, dimension: Unit, steps: Steps
 ) -> ViTShape | None:
     """One unit more, where the block has been cut."""
     block = shape.blocks[i]
-    if dimension == "ranks":
-        return _more_rank(shape, i, steps.ranks)
+    if dimension == "fc1" or dimension == "fc2":
+        higher = raised(shape, block, dimension, steps.ranks)
+        return None if higher is None else with_block(shape, i, higher)
     size: int = getattr(block, FIELDS[dimension])
     full: int = getattr(dense.blocks[i], FIELDS[dimension])
     if dimension == "tokens":
@@ -174,19 +168,6 @@ def _grown(
         if grown.blocks[later].num_tokens_out > block.num_tokens_out:
             grown = with_size(grown, later, "tokens", block.num_tokens_out)
     return grown
-
-
-def _more_rank(shape: ViTShape, i: int, step: int) -> ViTShape | None:
-    """One step more of rank for that of the MLP's factored maps that has least, or one layer where two would hardly
-    save any more."""
-    block = shape.blocks[i]
-    factored = [(rank, n) for n in FACTORED if (rank := getattr(block.ranks, n)) is not None]
-    if not factored:
-        return None
-    rank, name = min(factored)
-    more = rank + step
-    pays = more <= (1 - SAVED) * break_even(shape, block, name)
-    return with_rank(shape, i, name, more if pays else None)
 
 
 def allocate_marginal(

@@ -27,7 +27,7 @@ def factored(
     inputs: Moments | None = None,
     gain: Tensor | None = None,
     seed: int = 0,
-) -> tuple[Tensors, float]:
+) -> Tensors:
     """Factors of a projection, the weight that they make, and a bias that takes up what is lost of the mean.
 
     Args:
@@ -35,11 +35,10 @@ def factored(
         name: which projection, e.g. "fc1".
         rank, kind, seed: see `decompose`.
         inputs: moments of what it reads; None for decomposing the weights alone.
-        gain: (out,) what each row counts, see `floored`.
+        gain: (out,) what each row counts, see `gain_of`.
 
     Returns:
-        What replaces its tensors; and what is lost, as a share of the outputs' root mean square (without moments: of
-        the weights' norm).
+        What replaces its tensors.
     """
     key = f"{name}.weight"
     old, bias = weight_of(tensors, name).double(), bias_of(tensors, name)
@@ -56,22 +55,18 @@ def factored(
     }
     if bias is not None and inputs is not None:
         shifted = bias.double().flatten() + (old - nearest) @ inputs.mean
-        new[f"{name}.bias"] = shifted.reshape(bias.shape)
-    return new, _lost(scaled(old, gain), scaled(nearest, gain), second)
+        new[f"{name}.bias"] = shifted.reshape(bias.shape).to(bias.dtype)
+    return new
 
 
 def gain_of(block: Block, name: str) -> Tensor | None:
     """(out,) by how much the block's residual stream takes what a projection writes, where it is scaled."""
-    return floored(dict(zip(("out", "fc2"), block.gains(), strict=True)).get(name))
-
-
-def floored(gain: Tensor | None) -> Tensor | None:
-    """What each row counts by its layer scale: never nothing."""
+    gain = dict(zip(("out", "fc2"), block.gains(), strict=True)).get(name)
     if gain is None:
         return None
     size: Tensor = gain.abs()
-    counts: Tensor = size.clamp_min(float(LEAST_GAIN * size.mean()) or 1.0)
-    return counts
+    floored: Tensor = size.clamp_min(float(LEAST_GAIN * size.mean()) or 1.0)
+    return floored
 
 
 def scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
@@ -103,8 +98,17 @@ def read_by_mlp(tensors: Tensors, given: Moments) -> Moments:
     return given.select(tensors["mlp_features"]) if "mlp_features" in tensors else given
 
 
-def _lost(weight: Tensor, nearest: Tensor, second: Tensor | None) -> float:
-    """What is lost, as a share of the outputs' root mean square, or of the weights' norm."""
+def lost(
+    tensors: Tensors, new: Tensors, name: str, inputs: Moments | None, gain: Tensor | None
+) -> float:
+    """What factors lose, as a share of the outputs' root mean square (without moments: of the weights' norm).
+
+    Args:
+        tensors, new: before and after `factored`, the rest as there.
+    """
+    second = second_of(inputs, centred=bias_of(tensors, name) is not None)
+    weight = scaled(weight_of(tensors, name).double(), gain)
+    nearest = scaled(new[f"{name}.up"].double() @ new[f"{name}.down"].double(), gain)
 
     def size(w: Tensor) -> float:
         return float(w.norm() if second is None else (w @ second * w).sum().clamp_min(0).sqrt())

@@ -18,18 +18,9 @@ from pydantic import Field, model_validator
 from .allocate import fill
 from .budget import cost
 from .errors import BudgetError, UsageError
-from .shape import DENSE, Facts, Ranks, ViTShape, resized
-from .sizes import (
-    FACTORED,
-    FIELDS,
-    SAVED,
-    Dimension,
-    SearchDimension,
-    Steps,
-    break_even,
-    with_rank,
-    with_size,
-)
+from .mlp_ranks import MAPS, lowered, set_ranks
+from .shape import DENSE, Facts, ViTShape, resized
+from .sizes import FIELDS, Dimension, SearchDimension, Steps, with_block, with_size
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Ratios = tuple[Ratio, ...]
@@ -55,7 +46,7 @@ class Policy(Facts):
     Attributes:
         neurons, heads, qk, v: ratios of hidden units, heads, query/key and value dims.
         ranks: ratios of the rank of each of the MLP's maps at which two factors cost as much as one layer, so of its
-            cost; below `SAVED` it stays one layer.
+            cost; below `mlp_ranks.SAVED` it stays one layer.
         tokens: ratio of the tokens at hand, prefix included, that go after a block's attention.
     """
 
@@ -104,7 +95,8 @@ class Policy(Facts):
                 )
             for i, ratio in enumerate(ratios):
                 if dimension == "ranks":
-                    shape = _factored(shape, i, ratio, steps.ranks, nearest)
+                    lower = lowered(shape, shape.blocks[i], ratio, steps.ranks, nearest)
+                    shape = with_block(shape, i, lower)
                 elif ratio > 0:
                     size = _kept(shape, i, dimension, ratio, steps, nearest, fused)
                     shape = with_size(shape, i, dimension, size)
@@ -129,7 +121,7 @@ def sizes_of(shape: ViTShape, dimensions: Sequence[SearchDimension]) -> Sizes:
     found: Sizes = {}
     for dimension in dimensions:
         if dimension == "ranks":
-            for name in FACTORED:
+            for name in MAPS:
                 found[RANK.format(name)] = [getattr(b.ranks, name) for b in shape.blocks]
         else:
             field = FIELDS[dimension]
@@ -151,15 +143,13 @@ def sized(
     blocks, tokens = [], dense.num_tokens
     for i, block in enumerate(dense.blocks):
         given = {name: values[i] for name, values in sizes.items()}
-        ranks = {n: given.pop(RANK.format(n)) for n in FACTORED if RANK.format(n) in given}
+        ranks = {n: given.pop(RANK.format(n)) for n in MAPS if RANK.format(n) in given}
         own = {name: size for name, size in given.items() if size is not None}
         left = min(own.get("num_tokens_out", block.num_tokens_out), tokens)
         own |= {"num_tokens_in": tokens, "num_tokens_out": left}
         fused = block.fuses if fuses is None else fuses[i]
         after = resized(dense.embed_dim, block, {**own, "fuses": fused and left < tokens})
-        if ranks:
-            after = after.model_copy(update={"ranks": Ranks(**{**dict(after.ranks), **ranks})})
-        blocks.append(after)
+        blocks.append(set_ranks(after, **ranks) if ranks else after)
         tokens = left
     return dense.with_blocks(tuple(blocks))
 
@@ -181,17 +171,6 @@ def _kept(
     full: int = getattr(block, FIELDS[dimension])
     step: int = getattr(steps, dimension)
     return min(full, max(step, floor(full * (1 - ratio) / step + half) * step))
-
-
-def _factored(shape: ViTShape, i: int, ratio: float, step: int, nearest: bool) -> ViTShape:
-    """The shape with the maps of a block's MLP at ranks that cost so much less than one layer."""
-    half = 0.5 if nearest else 0.0
-    for name in FACTORED:
-        even = break_even(shape, shape.blocks[i], name)
-        rank = max(step, floor(even * (1 - ratio) / step + half) * step)
-        pays = ratio >= SAVED and rank < even
-        shape = with_rank(shape, i, name, rank if pays else None)
-    return shape
 
 
 @dataclass(frozen=True)
@@ -248,8 +227,21 @@ class Space:
                 f"Tokens cannot go in blocks {outside or 'of none'}: the model has {depth}.",
                 f"Choose from 1 to {depth}.",
             )
+        if "ranks" in self.dimensions and not self._lowers_ranks:
+            raise UsageError(
+                f"With ratios of {self.most:g} at most and ranks in steps of {self.steps.ranks}, no rank saves "
+                "anything.",
+                "Allow larger ratios or smaller steps, or leave ranks out.",
+            )
         if not 0 < self.most < 1:
             raise UsageError(f"The largest ratio {self.most} is not between 0 and 1.", "Give 0.9.")
+
+    @property
+    def _lowers_ranks(self) -> bool:
+        """Whether any of the MLP's maps is factored at the largest ratio."""
+        step, near = self.steps.ranks, self.nearest
+        lower = (lowered(self.dense, b, self.most, step, near) for b in self.dense.blocks)
+        return any(b.ranks.fc1 or b.ranks.fc2 for b in lower)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

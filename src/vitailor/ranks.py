@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .budget import cost
 from .errors import BudgetError
-from .shape import Ranks, ViTShape
+from .shape import ViTShape, revise
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def with_ranks(shape: ViTShape, spectra: Sequence[Spectrum], choice: Choice) -> 
     for spectrum, rank in zip(spectra, choice, strict=True):
         block = blocks[spectrum.block]
         if spectrum.units is None:
-            update: dict[str, object] = {
-                "ranks": Ranks(**{**dict(block.ranks), spectrum.name: rank})
-            }
+            update: dict[str, object] = {"ranks": revise(block.ranks, **{spectrum.name: rank})}
         else:
             update = {"mlp_dim": spectrum.units if rank is None else rank}
         blocks[spectrum.block] = block.model_copy(update=update)

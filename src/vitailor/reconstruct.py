@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tokens
 from .calibrate import Batches, BlockMoments, Moments, images_of, wide
-from .factors import factored, floored, read_by_mlp
+from .factors import factored, gain_of, read_by_mlp
 from .hosts import Tensors, host_of
 from .layers import Block, BlockStack
 from .linalg import regress_on_kept
@@ -24,16 +24,12 @@ from .surgery import apply, select
 States = list[tokens.Tokens]
 
 
-#: Layer scales on the outputs of a block's halves, where there are any.
-Gains = tuple[Tensor | None, Tensor | None]
-
-
 def compensate(
     tensors: Tensors,
     plan: BlockPlan,
     moments: BlockMoments,
     ridge: float,
-    gains: Gains = (None, None),
+    gain: Tensor | None = None,
 ) -> Tensors:
     """Canonical tensors of a block after its plan, with output projections refitted.
 
@@ -45,14 +41,14 @@ def compensate(
         tensors: canonical tensors of the dense block.
         moments: of the dense block.
         ridge: towards no compensation, as a fraction of the mean variance of the kept inputs.
-        gains: layer scales, by which rows of factored maps count.
+        gain: by which rows of fc2 count if it is factored, see `factors.gain_of`.
     """
     small = select(tensors, plan)
     if plan.v_dims is not None or plan.heads is not None:
         small |= compensate_out(tensors, plan, moments.mixed, ridge)
     small |= factor_fc1(tensors, plan, moments.mlp_input)
     if plan.neurons is not None or plan.ranks.fc2 is not None:
-        small |= compensate_fc2(tensors, plan, moments.hidden, ridge, gains[1])
+        small |= compensate_fc2(tensors, plan, moments.hidden, ridge, gain)
     return small
 
 
@@ -77,8 +73,8 @@ def factor_fc1(tensors: Tensors, plan: BlockPlan, given: Moments) -> Tensors:
         return {}
     read = read_by_mlp(tensors, given)
     if plan.mlp_features is not None:
-        read = read.select(torch.tensor(plan.mlp_features, device=read.total.device))
-    return factored(select(tensors, plan), "fc1", plan.ranks.fc1, inputs=read)[0]
+        read = _part(read, list(plan.mlp_features))
+    return factored(select(tensors, plan), "fc1", plan.ranks.fc1, inputs=read)
 
 
 def compensate_fc2(
@@ -88,11 +84,13 @@ def compensate_fc2(
 
     Args:
         hidden: moments of the dense block's hidden activations.
-        gain: layer scale, by which rows of factors count.
+        gain: by which rows of factors count, see `factors.gain_of`.
     """
-    units = tensors["fc2.weight"].shape[1]
-    kept = list(plan.neurons) if plan.neurons is not None else list(range(units))
-    return _written(tensors, kept, hidden, ridge, plan, gain)
+    if plan.neurons is None:
+        return _at_rank(tensors, plan, hidden, gain)
+    kept = list(plan.neurons)
+    new = _refit(tensors, "fc2", kept, hidden, ridge)
+    return _at_rank(new, plan, _part(hidden, kept), gain)
 
 
 def compensate_hidden(
@@ -108,23 +106,20 @@ def compensate_hidden(
     kept = select(tensors, plan)["fc2.weight"]
     beyond = torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
     both = {**tensors, "fc2.weight": torch.cat([kept, beyond], 1)}
-    return _written(both, list(range(kept.shape[1])), seen, ridge, plan, gain)
+    units = list(range(kept.shape[1]))
+    new = _refit(both, "fc2", units, seen, ridge)
+    return _at_rank(new, plan, _part(seen, units), gain)
 
 
-def _written(
-    tensors: Tensors,
-    kept: list[int],
-    inputs: Moments,
-    ridge: float,
-    plan: BlockPlan,
-    gain: Tensor | None,
-) -> Tensors:
-    """fc2 for the kept ones of its inputs, at the planned rank."""
-    new = _refit(tensors, "fc2", kept, inputs, ridge)
+def _at_rank(tensors: Tensors, plan: BlockPlan, read: Moments, gain: Tensor | None) -> Tensors:
+    """fc2 in two factors, if the plan wants that."""
     if plan.ranks.fc2 is None:
-        return new
-    left = inputs.select(torch.tensor(kept, device=inputs.total.device))
-    return factored(new, "fc2", plan.ranks.fc2, inputs=left, gain=floored(gain))[0]
+        return tensors
+    return factored(tensors, "fc2", plan.ranks.fc2, inputs=read, gain=gain)
+
+
+def _part(moments: Moments, kept: list[int]) -> Moments:
+    return moments.select(torch.tensor(kept, device=moments.total.device))
 
 
 def _refit(tensors: Tensors, name: str, kept: list[int], inputs: Moments, ridge: float) -> Tensors:
@@ -197,11 +192,11 @@ def sequential_sweep(
             refit = factor_fc1(weights, cut, given)
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
             seen = _hidden_and_lost(block, reference, weights, cut, states)
-            refit |= compensate_hidden(weights, cut, seen, ridge, reference.gains()[1])
+            refit |= compensate_hidden(weights, cut, seen, ridge, gain_of(reference, "fc2"))
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
         elif cut.neurons is not None or cut.ranks.fc2 is not None:
             seen = _moments_at(reference.mlp.get_submodule("fc2"), _feed, reference, states)
-            refit = compensate_fc2(weights, cut, seen, ridge, reference.gains()[1])
+            refit = compensate_fc2(weights, cut, seen, ridge, gain_of(reference, "fc2"))
             host.write(block, host.read(block) | refit, shape.blocks[i].ranks)
         states = _feed(block, states)
 

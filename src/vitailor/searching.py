@@ -24,7 +24,8 @@ class Searched:
         model: of the best candidate's sizes, as `compress` returns it.
         best: that candidate.
         trials: all candidates, of every worker: "number", "reward" (higher is better), "macs", "params", "policy"
-            (sizes of each block by dimension), "seconds".
+            (sizes of each block by field; "fc1_rank" and "fc2_rank" where ranks are searched, None for one layer),
+            "seconds".
         overhead_seconds: that this process spent on choosing candidates, storing and waiting.
     """
 

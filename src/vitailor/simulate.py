@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from . import tokens
 from .calibrate import Batches, BlockMoments, images_of
 from .criteria import Order
+from .factors import gain_of
 from .hosts import host_of
 from .layers import Block
+from .mlp_ranks import set_ranks
 from .orders import block_plan, match_features, token_weights
 from .reconstruct import compensate
-from .shape import BlockShape, Matching, Ranks, ViTShape, resized, revise
+from .shape import BlockShape, Matching, ViTShape, resized, revise
 from .surgery import select
 
 #: A trial is given up when, on at least so many images, it harms so many times as much as its rival.
@@ -167,8 +169,7 @@ class Simulator:
         sizes = {n: getattr(want, n) for n in ("num_heads", "qk_dim", "v_dim")}
         attn_key = resized(width, dense, sizes)
         mlp_key = resized(width, dense, {"mlp_dim": want.mlp_dim})
-        ranks = {"fc1": want.ranks.fc1, "fc2": want.ranks.fc2}
-        mlp_key = mlp_key.model_copy(update={"ranks": Ranks(**{**dict(mlp_key.ranks), **ranks})})
+        mlp_key = set_ranks(mlp_key, fc1=want.ranks.fc1, fc2=want.ranks.fc2)
         block = copy.copy(self.host.block(self.model, i))
         block._modules = dict(block._modules)
         if attn_key != dense:
@@ -192,8 +193,8 @@ class Simulator:
             if self.ridge is None:
                 small = select(self._weights[i], plan)
             else:
-                gains = self.host.block(self.model, i).gains()
-                small = compensate(self._weights[i], plan, self.moments[i], self.ridge, gains)
+                gain = gain_of(self.host.block(self.model, i), "fc2")
+                small = compensate(self._weights[i], plan, self.moments[i], self.ridge, gain)
             self.host.write(block, small, want.ranks)
             self._halves[key] = block.get_submodule(name)
         return self._halves[key]

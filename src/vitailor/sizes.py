@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .shape import BlockShape, Ranks, ViTShape, resized
+from .shape import BlockShape, ViTShape, resized
 
 Dimension = Literal["tokens", "qk", "v", "neurons", "heads"]
 DIMENSIONS: tuple[Dimension, ...] = ("tokens", "qk", "v", "neurons", "heads")
 #: What a search may cut: the ranks of the MLP's maps, too. Query/key and value dims are those of attention's.
 SearchDimension = Literal["tokens", "qk", "v", "neurons", "heads", "ranks"]
-#: The projections that a search may factor.
-FACTORED = ("fc1", "fc2")
-#: They are factored only where that saves at least this share of their cost: two layers take a time of their own.
-SAVED = 0.2
 FIELDS: dict[Dimension, str] = {
     "tokens": "num_tokens_out",
     "qk": "qk_dim",
@@ -57,18 +53,10 @@ def grid(shape: ViTShape, index: int, dimension: Dimension, steps: Steps) -> lis
     return [*range(least, full, step), full]
 
 
-def break_even(shape: ViTShape, b: BlockShape, name: str) -> float:
-    """The rank at which two factors of a block's projection cost as much as one layer."""
-    fan_in, fan_out = shape.linears_of(b)[name]
-    return fan_in * fan_out / (fan_in + fan_out)
-
-
-def with_rank(shape: ViTShape, index: int, name: str, rank: int | None) -> ViTShape:
-    """The shape with a projection of one block at a rank; None for one layer."""
-    blocks = list(shape.blocks)
-    ranks = Ranks(**{**dict(blocks[index].ranks), name: rank})
-    blocks[index] = blocks[index].model_copy(update={"ranks": ranks})
-    return shape.model_copy(update={"blocks": tuple(blocks)})
+def with_block(shape: ViTShape, index: int, block: BlockShape) -> ViTShape:
+    """The shape with another block in the place of one, not validated."""
+    blocks = (*shape.blocks[:index], block, *shape.blocks[index + 1 :])
+    return shape.model_copy(update={"blocks": blocks})
 
 
 def with_size(
@@ -85,8 +73,7 @@ def with_size(
     if dimension != "tokens":
         before = blocks[index] if origin is None else origin.blocks[index]
         sizes = {FIELDS[dimension]: size}
-        blocks[index] = resized(shape.embed_dim, blocks[index], sizes, before)
-        return shape.model_copy(update={"blocks": tuple(blocks)})
+        return with_block(shape, index, resized(shape.embed_dim, blocks[index], sizes, before))
     floor = shape.num_prefix_tokens + 1
     arriving = blocks[index].num_tokens_in
     for i in range(index, len(blocks)):

@@ -29,6 +29,7 @@ from ..factors import (
     bias_of,
     factored,
     gain_of,
+    lost,
     read_by_mlp,
     scaled,
     second_of,
@@ -198,15 +199,11 @@ class LowRank(Method):
             for name, rank in block_plan.ranks:
                 if rank is None:
                     continue
-                new, errors[name] = factored(
-                    tensors,
-                    name,
-                    rank,
-                    self.decomposition,
-                    inputs=known.get(name),
-                    gain=gain_of(block, name),
-                    seed=seed,
+                read, gain = known.get(name), gain_of(block, name)
+                new = factored(
+                    tensors, name, rank, self.decomposition, inputs=read, gain=gain, seed=seed
                 )
+                errors[name] = lost(tensors, new, name, read, gain)
                 tensors |= new
             weights.append(tensors if errors else {})
             told.append(errors)
