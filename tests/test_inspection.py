@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
+import vitailor as vt
 from conftest import block, build, shape
 from vitailor import inspection, surgery
 from vitailor.errors import UnsupportedModelError
@@ -83,6 +84,12 @@ def test_table_shows_every_block_and_sums_up():
     macs = [int(cell.replace(",", "")) for cell in table.columns[-1].cells]
     assert sum(params[:-1]) == params[-1] == one.params
     assert sum(macs[:-1]) == macs[-1] == one.macs
+
+
+def test_what_was_saved_remembers_its_name(tmp_path):
+    small = vt.compress(build(), vt.TokenMerge(), vt.Budget(macs=0.8))
+    vt.save(small, tmp_path / "small")
+    assert "vit_tiny_patch16_224: width 16" in drawn(inspection.table(vt.load(tmp_path / "small")))
 
 
 def test_unknown_models_are_refused():

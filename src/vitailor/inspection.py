@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .hosts import shape_of
+from .provenance import provenance_of
 from .shape import Ranks, ViTShape
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
 
     shape = _shape(model_or_shape)
     reads = _selects(shape)
-    title = f"{shape.name or 'model'}: width {shape.embed_dim}, {shape.num_classes:,} outputs"
+    name = shape.name or _recorded_name(model_or_shape) or "model"
+    title = f"{name}: width {shape.embed_dim}, {shape.num_classes:,} outputs"
     view = Table(
         title=title, caption=CAPTION + "; reads: features that attention and MLP read" * reads
     )
@@ -84,6 +86,12 @@ def table(model_or_shape: nn.Module | ViTShape) -> Table:
     view.add_row("rest", *empty, f"{shape.outer_params:,}", f"{shape.outer_macs:,}")
     view.add_row("total", *empty, f"{shape.params:,}", f"{shape.macs:,}", style="bold")
     return view
+
+
+def _recorded_name(model_or_shape: nn.Module | ViTShape) -> str:
+    """What a model that was saved remembers of its name."""
+    known = None if isinstance(model_or_shape, ViTShape) else provenance_of(model_or_shape)
+    return "" if known is None else known.shape.name
 
 
 def _selects(shape: ViTShape) -> bool:
