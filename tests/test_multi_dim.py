@@ -7,12 +7,15 @@ from functools import cache
 
 import pytest
 import torch
+from timm.data import dataset_factory
 from torch import Tensor
+from torch.utils.data import IterableDataset
+from torchvision.transforms.functional import to_pil_image
 
 import vitailor as vt
 from conftest import build
 from vitailor import dependence
-from vitailor.data import loader, open_images, resolve_preprocessing
+from vitailor.data import loader, open_images, resolve_preprocessing, timm_datasets
 from vitailor.hosts import shape_of
 from vitailor.methods import candidates, multi_dim, ranking, weight_sharing
 from vitailor.methods.multi_dim import JOURNAL
@@ -22,6 +25,8 @@ from vitailor.shape import DENSE
 from vitailor.simulate import divergence
 
 HALF = vt.Budget(macs=0.6)
+#: Images to judge candidates on.
+REWARD = 12
 DIMENSIONS = ("neurons", "heads", "tokens")
 SMALL = {"token_blocks": (2,), "trials": 5}
 TRAINING = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 1}
@@ -117,6 +122,26 @@ def test_accuracy_as_reward_is_that_of_the_candidate():
     )
     got = vt.evaluate(result.model, judged)
     assert got.top1 == pytest.approx(result.best["reward"])
+
+
+def test_of_streamed_images_only_those_that_candidates_are_judged_on_are_kept(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    pictures = [to_pil_image(torch.rand(3, 24, 24, generator=generator)) for _ in range(3 * REWARD)]
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return ((picture, i % 6) for i, picture in enumerate(pictures))
+
+    kept: list[int] = []
+    add = timm_datasets.Memory.add
+    monkeypatch.setattr(
+        timm_datasets.Memory, "add", lambda *args, **more: kept.append(1) or add(*args, **more)
+    )
+    monkeypatch.setattr(dataset_factory, "create_dataset", lambda *_, **__: Stream())
+    method = vt.MultiDim(**(SMALL | {"trials": 1}), reward_images=REWARD)
+    result = vt.search(dense(), HALF, data=labeled(), reward="wds/name", method=method)
+    assert len(kept) == len(labeled()) + REWARD
+    assert result.model.vitailor.record["facts"]["judged_on"]["images"] == REWARD
 
 
 def calibrated(monkeypatch) -> list[int]:
