@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -264,36 +266,30 @@ def test_debug_shows_the_traceback_once(run, artifact, monkeypatch):
     assert "Traceback" in err
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_reader_that_leaves_early(artifact, flags):
+def test_a_reader_that_leaves_early_and_a_full_disk(artifact):
+    """Both under the output, seen from outside: all at once, since each has to start anew."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as closed:
-        done = subprocess.run(
-            [sys.executable, "-m", "vitailor.cli", "inspect", str(artifact), *flags],
-            stdout=closed,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
-def test_a_full_disk_under_the_output(artifact):
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "vitailor.cli", "inspect", str(artifact), "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    full = Path("/dev/full")
+    with ExitStack() as stack:
+        ends: list[IO[str]] = [stack.enter_context(os.fdopen(write, "w"))]
+        if full.exists():
+            ends.append(stack.enter_context(full.open("w")))
+        begun = [
+            subprocess.Popen(
+                [sys.executable, "-m", "vitailor.cli", "inspect", str(artifact), *flags],
+                stdout=end,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for end in ends
+            for flags in ([], ["--json"])
+        ]
+        for process in begun:
+            told = process.communicate()[1]
+            assert process.returncode == 1
+            assert told.startswith("error: ")
+            assert told.count("\n") == 1
 
 
 # -- output --------------------------------------------------------------------------------------

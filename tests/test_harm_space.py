@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_policy import deit_small
@@ -42,6 +42,7 @@ def test_the_middle_is_the_harm_as_measured():
 
 
 @given(st.lists(st.floats(0, 1), min_size=8, max_size=8), st.sampled_from(["macs", "params"]))
+@settings(max_examples=12)
 def test_every_direction_lands_on_the_budget(values, metric):
     limit = int(0.7 * getattr(DENSE, metric))
     shape = SPACE.on_budget(dict(zip(SPACE.names, values, strict=True)), metric, limit)
