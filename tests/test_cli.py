@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -764,18 +765,21 @@ def test_a_killed_search_goes_on(artifact, tmp_path):
     """Nothing finished is lost or repeated, and the candidate that was being judged is judged again."""
     out, journal = tmp_path / "out", tmp_path / "study.journal"
     command = [sys.executable, "-m", "vitailor.cli", "search", artifact, "--keep", "0.7"]
-    command += ["--calibrate", "digits", "--images", "600", "--reward-images", "300"]
+    command += ["--calibrate", "digits", "--images", "1200", "--reward-images", "600"]
     command += ["--trials", "10", "--storage", journal, "-o", out]
     command += ["--set", "token_blocks=[2]", "--set", "stages=1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     dead = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while len(finished(journal)) < 3:
+    lost: list = []
+    while len(finished(journal)) < 3 or not lost:
+        dead.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+        dead.send_signal(signal.SIGSTOP)  # so that it is still judging when it is killed
         assert dead.poll() is None, "it was done before it could be killed"
-        time.sleep(0.05)
+        lost = [t for t in trials_in(journal) if t.state.name == "RUNNING" and len(t.params) == 3]
     dead.kill()
     dead.wait()
     before = finished(journal)
-    lost = [trial for trial in trials_in(journal) if trial.state.name == "RUNNING"]
     assert len(before) < 10
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     after = finished(journal)
